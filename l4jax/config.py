@@ -1,6 +1,7 @@
 """What a Llama 4 model is: frozen dataclasses, presets, and translation from and to the published config files.
 
-Field names are Hugging Face's (`configuration_llama4.py`). No jax here, so that `l4jax --help` and `inspect` answer at once.
+Field names are Hugging Face's (`configuration_llama4.py`). No jax here, so that `l4jax --help` and `inspect` answer
+at once.
 """
 
 import dataclasses
@@ -584,9 +585,9 @@ _MINI = dataclasses.replace(
 )
 
 
-def _small(text: TextConfig, sees: bool = True) -> Llama4Config:
+def _small(text: TextConfig) -> Llama4Config:
     tokens = {"image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292}
-    return Llama4Config(text_config=text, vision_config=_SMALL_VISION if sees else None, **tokens)
+    return Llama4Config(text_config=text, vision_config=_SMALL_VISION, **tokens)
 
 
 PRESETS: dict[str, Llama4Config] = {
@@ -611,9 +612,9 @@ PRESETS: dict[str, Llama4Config] = {
             **layer_pattern(3, moe_step=0, nope_interval=None),
         )
     ),
-    "mini-scout": _small(_MINI, sees=False),
-    "mini-maverick": _small(
-        dataclasses.replace(_MINI, num_local_experts=128, use_qk_norm=False, **layer_pattern(8, moe_step=2)), sees=False
+    "mini-scout": Llama4Config(text_config=_MINI),
+    "mini-maverick": Llama4Config(
+        text_config=dataclasses.replace(_MINI, num_local_experts=128, use_qk_norm=False, **layer_pattern(8, moe_step=2))
     ),
 }
 
