@@ -1,0 +1,40 @@
+"""Parameters and the one einsum that every projection goes through."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def param(rngs: nnx.Rngs, shape, axes: tuple[str | None, ...], dtype, *, fan_in: int) -> nnx.Param:
+    """A weight drawn from a normal distribution with variance 1 / `fan_in`; `axes` are its logical axes."""
+    value = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(fan_in)
+    return nnx.Param(value.astype(dtype), axes=axes)
+
+
+def constant(value: float, shape, axes: tuple[str | None, ...], dtype) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+
+
+def einsum(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` that accumulates in float32 and returns the dtype of `x`."""
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`einsum(equation, x, kernel) (+ bias)`, for example `"BTD,DNH->BTNH"` with a kernel of shape [D, N, H]."""
+
+    def __init__(self, equation: str, shape, axes, *, use_bias: bool = False, rngs: nnx.Rngs, dtype):
+        self.equation = equation
+        kernel, output = equation.split(",")[1].split("->")
+        fan_in = math.prod(size for letter, size in zip(kernel, shape, strict=True) if letter not in output)
+        self.kernel = param(rngs, shape, axes, dtype, fan_in=fan_in)
+        kept = [i for i, letter in enumerate(kernel) if letter in output]
+        bias_shape, bias_axes = [shape[i] for i in kept], tuple(axes[i] for i in kept)
+        self.bias = constant(0.0, bias_shape, bias_axes, dtype) if use_bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = einsum(self.equation, x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
