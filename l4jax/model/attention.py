@@ -117,7 +117,8 @@ class Attention(nnx.Module):
         past = self._attend(q, cached_k, cached_v, tokens.positions, held, q_segment_ids, visible, return_lse=True)
         new = self._attend(q, k, v, tokens.positions, tokens.positions, q_segment_ids, q_segment_ids, return_lse=True)
         outs, lses = zip(past, new, strict=True)
-        return ops.merge_partial_attention(outs, lses)
+        out, _ = ops.merge_partial_attention(outs, lses)
+        return out
 
     def _last_chunk(self, tokens: Tokens):
         """Which new tokens the cache has to keep: in a chunked layer those of each row's last chunk."""
