@@ -1,0 +1,164 @@
+"""Arrays that are read by slices: the common currency of readers, writers and restores.
+
+A checkpoint is larger than memory, so nothing here is ever read whole unless asked for. Every array has `shape`,
+`dtype` and `read(index)`, where `index` is one slice with plain bounds per dimension. Numpy only.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+Index = tuple[slice, ...]
+
+
+class LazyArray(Protocol):
+    """Something with a shape and a dtype that hands out boxes of itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, index: Index) -> np.ndarray:
+        """Returns the box `index`; it may be a view of the file."""
+        ...
+
+
+def everything(shape: Sequence[int]) -> Index:
+    """Returns the index of a whole array."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def number_of_bytes(array: LazyArray) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class View:
+    """A numpy array, as a rule a strided view of a mapped file."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        return self.array[index]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Values of 8 bits times their scales, as `dtype`. The product is made in float32."""
+
+    values: np.ndarray
+    scales: np.ndarray
+    """Broadcastable to `values`."""
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def read(self, index: Index) -> np.ndarray:
+        scales = np.broadcast_to(self.scales, self.values.shape)[index]
+        product = self.values[index].astype(np.float32) * scales.astype(np.float32)
+        return product.astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Parts one after the other along `axis`."""
+
+    parts: tuple[LazyArray, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        wanted, pieces, start = index[self.axis], [], 0
+        for part in self.parts:
+            size = part.shape[self.axis]
+            low, high = max(wanted.start - start, 0), min(wanted.stop - start, size)
+            if low < high:
+                pieces.append(part.read((*index[: self.axis], slice(low, high), *index[self.axis + 1 :])))
+            start += size
+        return pieces[0] if len(pieces) == 1 else concatenate(pieces, self.axis)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Parts of one shape under a new leading axis: layers of a cycle, experts of a layer."""
+
+    parts: tuple[LazyArray, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        pieces = [part.read(index[1:])[None] for part in self.parts[index[0]]]
+        return pieces[0] if len(pieces) == 1 else concatenate(pieces, 0)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Entry `position` of the leading axis of another array: one layer of a stack."""
+
+    stack: LazyArray
+    position: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stack.dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        return self.stack.read((slice(self.position, self.position + 1), *index))[0]
+
+
+def concatenate(pieces: list[np.ndarray], axis: int) -> np.ndarray:
+    """`np.concatenate` that moves bits. Numpy copies bfloat16 and float8 item by item, many times slower."""
+    dtype, bits = pieces[0].dtype, bits_dtype(pieces[0].dtype)
+    return np.concatenate([piece.view(bits) for piece in pieces], axis).view(dtype)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """`np.ascontiguousarray` that moves bits, like `concatenate`."""
+    return np.ascontiguousarray(array.view(bits_dtype(array.dtype))).view(array.dtype).reshape(array.shape)
+
+
+def bits_dtype(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else dtype
+
+
+def boxes(shape: Sequence[int], box_shape: Sequence[int]) -> Iterator[Index]:
+    """Yields the boxes of a grid over `shape`, last axis fastest; those at the far edges may be smaller."""
+    counts = [math.ceil(size / box) for size, box in zip(shape, box_shape, strict=True)]
+    for position in np.ndindex(*counts):
+        yield tuple(
+            slice(i * box, min((i + 1) * box, size)) for i, size, box in zip(position, shape, box_shape, strict=True)
+        )
