@@ -5,19 +5,21 @@ pixels are resized by Pillow, as in Meta's `preprocess.py`. Pixel values stay in
 them to bfloat16. No file is decoded before its size is known to be harmless.
 """
 
+import contextlib
 import functools
 import io
 import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 36_000_000  # a PNG of 20 KiB can hold 169 million, half a gigabyte once decoded
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow would open 43, among them EPS and WMF
@@ -79,15 +81,14 @@ def open_checked(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Image.I
         ValueError: it is none of `formats`, or too large to decode safely.
     """
     try:
-        # Pillow only warns of large pictures; the check below refuses them.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        with _strict_pillow():
             image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture this program reads ({', '.join(formats)})") from None
     except Image.DecompressionBombError:
         raise ValueError(_too_large(name)) from None
     except DECODE_ERRORS as error:
-        raise ValueError(f"{name} is damaged: {_one_line(error)}") from None
+        raise ValueError(damaged(name, error)) from None
     _check_size(image, name)
     return image
 
@@ -95,10 +96,26 @@ def open_checked(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Image.I
 def _decode(image: Image.Image, name: str) -> Image.Image:
     _check_size(image, name)
     try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        with _strict_pillow():
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except DECODE_ERRORS as error:
-        raise ValueError(f"{name} is damaged or cut short: {_one_line(error)}; fetch it again") from None
+        raise ValueError(damaged(name, error)) from None
+
+
+@contextlib.contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Refuses files that are cut short, also if another library told Pillow to fill them up; keeps warnings quiet.
+
+    The warnings are of large pictures, which `_check_size` refuses, and of damaged EXIF tags, which do no harm.
+    """
+    fills_up, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = fills_up
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -113,8 +130,9 @@ def _too_large(name: str, size: str = "") -> str:
     return f"{name} is too large{size}: more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller"
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def damaged(name: str, error: BaseException) -> str:
+    """Returns the line that says so."""
+    return f"{name} is damaged or cut short: {' '.join(str(error).split()) or type(error).__name__}; fetch it again"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from l4jax.processing.image import DECODE_ERRORS, ImageSource, load_image, open_checked, to_rgb
+from l4jax.processing.image import DECODE_ERRORS, ImageSource, damaged, load_image, open_checked, to_rgb
 
 MAX_FRAMES = 256  # of a video, in one prompt
 MAX_SCANNED = 10_000  # frames of an animation, or files of a folder, that are looked through
@@ -99,7 +99,7 @@ def _animation(path: Path, max_frames: int) -> list[Frame]:
                 frames.append(Frame(to_rgb(image.copy()), milliseconds / 1000))
             milliseconds += image.info.get("duration", 100)
     except DECODE_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as an animation: {' '.join(str(error).split())}") from None
+        raise ValueError(damaged(str(path), error)) from None
     return frames
 
 
@@ -113,7 +113,7 @@ def _film(path: Path, max_frames: int) -> list[Frame]:
         with path.open("rb") as file, av.open(file, options={"format_whitelist": CONTAINERS}) as container:
             frames = list(_sampled(container, max_frames))
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a video that can be read: {' '.join(str(error).split())}") from None
+        raise ValueError(damaged(str(path), error)) from None
     if not frames:
         raise ValueError(f"{path} holds no frames")
     return frames
