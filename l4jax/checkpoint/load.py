@@ -11,6 +11,7 @@ import numpy as np
 from l4jax.checkpoint import names
 from l4jax.checkpoint.hf import open_hf
 from l4jax.checkpoint.lazy import LazyArray, Picked, contiguous
+from l4jax.checkpoint.meta import open_meta
 from l4jax.checkpoint.source import Source
 from l4jax.checkpoint.store import MANIFEST, open_store
 from l4jax.config import Llama4Config
@@ -30,6 +31,8 @@ def open_checkpoint(directory: str | Path) -> Source:
         return open_store(directory)
     if any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").is_file():
         return open_hf(directory)
+    if any(directory.glob("consolidated.*.pth")):
+        return open_meta(directory)
     kinds = sorted({path.suffix or path.name for path in directory.iterdir()})[:8]
     raise FileNotFoundError(
         f"no checkpoint in {directory} (found {', '.join(kinds) or 'nothing'}); expected config.json and *.safetensors "

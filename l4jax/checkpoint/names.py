@@ -133,6 +133,97 @@ def hf_rows(config: Llama4Config, *, text_prefix: str = "language_model.", exper
     return rows
 
 
+_META_EXPERTS = (
+    ("router_DE", "router.kernel", "D E -> D E", ""),
+    ("experts.moe_w_in_eD_F", "experts.gate_proj", "(E D) F -> E D F", "F"),
+    ("experts.moe_w_swiglu_eD_F", "experts.up_proj", "(E D) F -> E D F", "F"),
+    ("experts.moe_w_out_eF_D", "experts.down_proj", "(E F) D -> E F D", "F"),
+    ("w_in_shared_FD.weight", "shared_expert.gate_proj.kernel", "F D -> D F", "F"),
+    ("w_swiglu_FD.weight", "shared_expert.up_proj.kernel", "F D -> D F", "F"),
+    ("w_out_shared_DF.weight", "shared_expert.down_proj.kernel", "D F -> F D", "F"),
+    # The names after loading, for files that were saved again.
+    ("experts.w1", "experts.gate_proj", "E D F -> E D F", "F"),
+    ("experts.w3", "experts.up_proj", "E D F -> E D F", "F"),
+    ("experts.w2", "experts.down_proj", "E F D -> E F D", "F"),
+    ("shared_expert.w1.weight", "shared_expert.gate_proj.kernel", "F D -> D F", "F"),
+    ("shared_expert.w3.weight", "shared_expert.up_proj.kernel", "F D -> D F", "F"),
+    ("shared_expert.w2.weight", "shared_expert.down_proj.kernel", "D F -> F D", "F"),
+)
+_META_VISION_TOP = (
+    ("conv1._linear.weight", "patch_embedding.kernel", "D Y -> Y D", "D"),
+    ("class_embedding", "class_embedding", "D -> D", ""),
+    ("positional_embedding_vlm", "positional_embedding_vlm", "X D -> X D", ""),
+    *((f"ln_{x}.weight", f"layernorm_{x}.scale", "D -> D", "") for x in ("pre", "post")),
+    *((f"ln_{x}.bias", f"layernorm_{x}.bias", "D -> D", "") for x in ("pre", "post")),
+)
+_META_VISION_BLOCK = (
+    *((f"attn.w{n}.weight", f"self_attn.{n}_proj.kernel", "(N H) D -> D N H", "N") for n in "qkv"),
+    *((f"attn.w{n}.bias", f"self_attn.{n}_proj.bias", "(N H) -> N H", "N") for n in "qkv"),
+    ("attn.wo.weight", "self_attn.o_proj.kernel", "D (N H) -> N H D", "N"),
+    ("attn.wo.bias", "self_attn.o_proj.bias", "D -> D", ""),
+    ("mlp.c_fc.weight", "mlp.fc1.kernel", "F D -> D F", "F"),
+    ("mlp.c_fc.bias", "mlp.fc1.bias", "F -> F", "F"),
+    ("mlp.c_proj.weight", "mlp.fc2.kernel", "D F -> F D", "F"),
+    ("mlp.c_proj.bias", "mlp.fc2.bias", "D -> D", ""),
+    ("ln_1.weight", "input_layernorm.scale", "D -> D", ""),
+    ("ln_1.bias", "input_layernorm.bias", "D -> D", ""),
+    ("ln_2.weight", "post_attention_layernorm.scale", "D -> D", ""),
+    ("ln_2.bias", "post_attention_layernorm.bias", "D -> D", ""),
+)
+_META_VISION_ADAPTER = (
+    ("c_fc.weight", "fc1.kernel", "Q S -> S Q", "Q"),
+    ("c_proj.weight", "fc2.kernel", "O Q -> Q O", "Q"),
+)
+
+
+def meta_rows(config: Llama4Config) -> list[Row]:
+    """Returns every tensor that Meta's checkpoints of this model may hold; of two names the released one first.
+
+    Ranks hold a share of the axis `Part.split` each; a joined tensor (wqkv, fc1_weight) holds the shares of its parts.
+    """
+    text, rows = config.text_config, []
+
+    def add(prefix: str, path_prefix: str, table) -> None:
+        rows.extend(
+            Row(prefix + key, (Part(path_prefix + path, pattern, split),)) for key, path, pattern, split in table
+        )
+
+    add("", "", [("tok_embeddings.weight", "embed_tokens.embedding", "V D -> V D", "V")])
+    for layer in range(text.num_hidden_layers):
+        meta, path = f"layers.{layer}.", f"layers.{layer}."
+        attention, experts = f"{meta}attention.", text.uses_experts(layer)
+        qkv = tuple(
+            Part(f"{path}self_attn.{n}_proj.kernel", f"({heads} H) D -> D {heads} H", heads)
+            for n, heads in (("q", "N"), ("k", "K"), ("v", "K"))
+        )
+        rows.append(Row(f"{attention}wqkv.weight", qkv))
+        rows.extend(Row(f"{attention}w{n}.weight", (one,)) for n, one in zip("qkv", qkv, strict=True))
+        add(attention, f"{path}self_attn.", [("wo.weight", "o_proj.kernel", "D (N H) -> N H D", "N")])
+        for key in ("attention.wqkv.layer_norm_weight", "attention_norm.weight"):
+            add(meta, path, [(key, "input_layernorm.scale", "D -> D", "")])
+        released = "feed_forward.norm.weight" if experts else "feed_forward.mlp.layer_norm_weight"
+        for key in (released, "ffn_norm.weight"):
+            add(meta, path, [(key, "post_attention_layernorm.scale", "D -> D", "")])
+        if experts:
+            add(f"{meta}feed_forward.", f"{path}feed_forward.", _META_EXPERTS)
+            continue
+        gate, up = (Part(f"{path}feed_forward.{half}_proj.kernel", "I D -> D I", "I") for half in ("gate", "up"))
+        down = Part(f"{path}feed_forward.down_proj.kernel", "D I -> I D", "I")
+        feed_forward = f"{meta}feed_forward."
+        rows.append(Row(f"{feed_forward}mlp.fc1_weight", (gate, up)))
+        rows.extend(Row(f"{feed_forward}{key}", (one,)) for key, one in (("mlp.fc2_weight", down), ("w1.weight", gate)))
+        rows.extend(Row(f"{feed_forward}{key}", (one,)) for key, one in (("w3.weight", up), ("w2.weight", down)))
+    add("", "", [("norm.weight", "norm.scale", "D -> D", ""), ("output.weight", "lm_head.kernel", "V D -> D V", "V")])
+    if config.vision_config is not None:
+        encoder = "vision_embeddings.vision_encoder."
+        add(encoder, "vision_model.", _META_VISION_TOP)
+        for layer in range(config.vision_config.num_hidden_layers):
+            add(f"{encoder}transformer.resblocks.{layer}.", f"vision_model.layers.{layer}.", _META_VISION_BLOCK)
+        add("vision_embeddings.vision_adapter.mlp.", "vision_model.vision_adapter.mlp.", _META_VISION_ADAPTER)
+        add("", "", [("vision_projection.weight", "multi_modal_projector.linear_1.kernel", "D O -> O D", "D")])
+    return rows
+
+
 # --- Sizes and places ---------------------------------------------------------------------------------------------
 
 
