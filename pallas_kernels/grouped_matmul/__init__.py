@@ -7,9 +7,11 @@ every row, and rows after the last group (padding, or rows of experts that live 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch, register
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, xla
 
+register("grouped_matmul", "xla", xla.grouped_matmul)
 register("grouped_matmul", "reference", reference.grouped_matmul)
+register("grouped_swiglu", "xla", xla.grouped_swiglu)
 register("grouped_swiglu", "reference", reference.grouped_swiglu)
 
 
