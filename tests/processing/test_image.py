@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from l4jax.processing.image import choose_grid, fit_size, load_image, tile_boxes, tile_image
 
@@ -197,6 +197,21 @@ def test_exif_turns_the_picture_upright(tmp_path):
     assert turned.size == (20, 30)
     assert turned.getpixel((18, 2)) > (200, 200, 200)
     assert turned.getpixel((2, 2)) < (50, 50, 50)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_as_pillow_does(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture(20, 30).save(file, "PNG", exif=exif)
+    turned = load_image(file.getvalue())
+    assert turned.tobytes() == ImageOps.exif_transpose(Image.open(file)).tobytes()
+
+
+def test_damaged_exif_is_no_reason_to_refuse_a_picture():
+    for exif in (b"Exif\x00\x00nonsense", b"", b"II*\x00\xff\xff\xff\xff"):
+        assert load_image(png(picture(20, 30), exif=exif)).size == (30, 20)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
