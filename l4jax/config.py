@@ -326,6 +326,9 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     where = "text_config"
     _refuse_unknown(config, _TEXT_KEYS, where)
     _check_sizes(where, num_hidden_layers=(config.get("num_hidden_layers"), MAX_LAYERS))
+    required = {f.name for f in dataclasses.fields(TextConfig) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - {"num_local_experts"} - set(config)):
+        raise ValueError(f"{where}: {', '.join(missing)} must be given")
     num_layers = config["num_hidden_layers"]
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or TextConfig.rope_theta)

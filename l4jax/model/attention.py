@@ -116,8 +116,7 @@ class Attention(nnx.Module):
         held, visible = cached_positions(tokens.cached_lengths, cached_k.shape[1], self.chunk_size)
         past = self._attend(q, cached_k, cached_v, tokens.positions, held, q_segment_ids, visible, return_lse=True)
         new = self._attend(q, k, v, tokens.positions, tokens.positions, q_segment_ids, q_segment_ids, return_lse=True)
-        outs, lses = zip(past, new, strict=True)
-        out, _ = ops.merge_partial_attention(outs, lses)
+        out, _ = ops.merge_partial_attention([past[0], new[0]], [past[1], new[1]])
         return out
 
     def _last_chunk(self, tokens: Tokens):

@@ -22,7 +22,7 @@ from l4jax.model.block import Block
 from l4jax.model.cache import Cache, LayerCache
 from l4jax.model.linear import Linear, param
 from l4jax.model.norm import RMSNorm
-from l4jax.model.stack import Stack
+from l4jax.model.stack import Layers, Stack
 from l4jax.model.vision import VisionModel
 from l4jax.sharding import constrain
 
@@ -145,16 +145,17 @@ class Llama4(nnx.Module):
 
     def init_cache(self, batch_size: int, max_len: int, dtype=None) -> Cache:
         """Returns an empty cache for rows of at most `max_len` tokens."""
-        text = self.config.text_config
-        per_layer = []
-        for layer in range(text.num_hidden_layers):
+        text, stack = self.config.text_config, self.layers
+
+        def empty(layer: int, num_layers: int) -> LayerCache:
             chunk = text.attention_chunk_size if text.uses_rope(layer) else None
             num_slots = max_len if chunk is None else min(chunk, max_len)
-            shape = (batch_size, num_slots, text.num_key_value_heads, text.head_dim)
-            per_layer.append(LayerCache(*(jnp.zeros(shape, dtype or self.dtype) for _ in range(2))))
-        layers = self.layers.arrange(per_layer)
-        tail = jax.tree.map(lambda x: x[None], layers.tail)
-        return Cache(layers._replace(tail=tail), jnp.zeros(batch_size, jnp.int32))
+            shape = (num_layers, batch_size, num_slots, text.num_key_value_heads, text.head_dim)
+            return LayerCache(jnp.zeros(shape, dtype or self.dtype), jnp.zeros(shape, dtype or self.dtype))
+
+        cycle = tuple(empty(p, stack.num_cycles) for p in range(len(stack.cycle)))
+        tail = tuple(empty(layer, 1) for layer in range(stack.num_cycles * len(cycle), text.num_hidden_layers))
+        return Cache(Layers(cycle, tail), jnp.zeros(batch_size, jnp.int32))
 
     def _arrange_router_bias(self, router_bias):
         if router_bias is None:

@@ -60,7 +60,7 @@ class VisionMLP(nnx.Module):
         self.fc1 = Linear("BXD,DF->BXF", widths[:2], ("embed", "mlp"), use_bias=use_bias, rngs=rngs, dtype=dtype)
         self.fc2 = Linear("BXF,FD->BXD", widths[1:], ("mlp", "embed"), use_bias=use_bias, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B X D"]) -> Float[Array, "B X D"]:
+    def __call__(self, x: Float[Array, "B X D"]) -> Float[Array, "B X d"]:
         return self.fc2(gelu(self.fc1(x)))
 
 

@@ -1,0 +1,34 @@
+"""Models and their parameters under flat names: `{"layers.tail.3.self_attn.q_proj.kernel": array, ...}`."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from l4jax.config import Llama4Config
+from l4jax.model.llama4 import Llama4
+
+
+def abstract_model(config: Llama4Config, *, dtype=jnp.bfloat16, scan_layers: bool | None = None) -> Llama4:
+    """Returns a model whose parameters are shapes and dtypes; nothing is allocated."""
+    return nnx.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), dtype=dtype, scan_layers=scan_layers))
+
+
+def flat_params(model: Llama4) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """Returns every parameter under its dotted path."""
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def with_params(model: Llama4, params: Mapping[str, jax.Array]) -> Llama4:
+    """Returns `model`, which may be abstract, with the parameters given; every one of them, and no other.
+
+    Raises:
+        KeyError: a parameter is missing, or is not one of the model's.
+    """
+    graphdef, state = nnx.split(model)
+    variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    if wrong := sorted(set(variables) ^ set(params)):
+        raise KeyError(f"{len(wrong)} parameters are missing or unknown, the first is {wrong[0]}")
+    flat = [(path, variable.replace(params[name])) for name, (path, variable) in variables.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
