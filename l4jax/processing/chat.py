@@ -180,7 +180,9 @@ class Processor:
     def _add_content(self, draft: "_Draft", content: Any) -> None:
         if content is None or isinstance(content, str):
             content = [{"type": "text", "text": content or ""}]
-        for item in [content] if isinstance(content, Mapping) else content:
+        if not isinstance(content, Sequence):
+            raise ValueError(f"message content must be text or a list, not {type(content).__name__}")
+        for item in content:
             kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
             if kind == "text" and isinstance(item.get("text"), str):
                 draft.text(item["text"])

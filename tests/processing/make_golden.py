@@ -34,6 +34,15 @@ def test_write_image(hf_images):
     write("image.json", {"sizes": rows, "tiles": tiles})
 
 
+@pytest.mark.oracle
+def test_write_chat(meta_chat, byte_tokenizer, small_vision):
+    from test_chat import MetaLike, meta_format, to_meta, with_pictures, with_tools
+
+    chat = meta_format(meta_chat, MetaLike(byte_tokenizer), small_vision)
+    conversations = {"pictures": with_pictures(50, 80), "tools": with_tools()}
+    write("chat.json", {k: chat.encode_dialog_prompt(to_meta(v)).tokens for k, v in conversations.items()})
+
+
 def write(name, content):
     (HERE / "golden" / name).write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
