@@ -16,8 +16,6 @@ from l4jax.checkpoint.source import (
     choose_rows,
     gather_parts,
     read_json,
-    row_shape,
-    split_row,
     stack_layers,
 )
 from l4jax.config import Llama4Config, load_config
@@ -99,17 +97,17 @@ def open_hf(directory: Path, config: Llama4Config | None = None) -> Source:
     for row in chosen:
         path, info = infos[row.key]
         sizes = [names.part_sizes(config, part.path) for part in row.parts]
-        check_shape(path.name, row.key, info.shape, row_shape(row, sizes))
+        check_shape(path.name, row.key, info.shape, names.row_shape(row, sizes))
         if info.dtype not in FLOATS:
             raise ValueError(f"{path.name}: {row.key} is {info.dtype}; only float weights are read")
-        views = split_row(tensor(row.key), row, sizes)
+        views = names.split_row(tensor(row.key), row, sizes)
         if row.key not in scales:
             if info.dtype in FLOAT8:
                 raise ValueError(f"{path.name}: {row.key} is {info.dtype} without {row.key}_scale")
             pieces |= {(part.path, part.expert): View(view) for part, view in views}
             continue
         scale = spread_scale(row, tensor(scales[row.key]), info.shape, path.name)
-        for (part, view), (_, scale_view) in zip(views, split_row(scale, row, sizes), strict=True):
+        for (part, view), (_, scale_view) in zip(views, names.split_row(scale, row, sizes), strict=True):
             pieces[part.path, part.expert] = Scaled(view, scale_view, np.dtype(ml_dtypes.bfloat16))
 
     def release() -> None:

@@ -17,8 +17,6 @@ from l4jax.checkpoint.source import (
     check_shape,
     choose_rows,
     join,
-    row_shape,
-    split_row,
     stack_layers,
 )
 from l4jax.config import Llama4Config, load_config
@@ -65,9 +63,9 @@ def open_meta(directory: Path, config: Llama4Config | None = None) -> Source:
             tensor = content[row.key]
             if not isinstance(tensor, np.ndarray):
                 raise ValueError(f"{path.name}: {row.key} is no tensor")
-            shape = row_shape(row, sizes)
+            shape = names.row_shape(row, sizes)
             check_shape(path.name, row.key, tensor.shape, shape)
-            for part, view in split_row(tensor, row, sizes):
+            for part, view in names.split_row(tensor, row, sizes):
                 pieces[part.path].append(_piece(path.name, row.key, view, scales, rank))
         for part in row.parts:
             axis = names.target_letters(part.pattern).index(part.split) if part.split else 0

@@ -10,7 +10,7 @@ X patches and the class token, Y values of a patch (all colours), S shuffled fea
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -384,6 +384,25 @@ def to_tensor(parameter: np.ndarray, pattern: str) -> np.ndarray:
     spread = parameter if order == wanted else parameter.transpose(_permutation(wanted, order))
     sizes = iter(spread.shape)
     return spread.reshape([math.prod(next(sizes) for _ in group) for group in source])
+
+
+def split_row(tensor: np.ndarray, row: Row, sizes: Sequence[Mapping[str, int]]) -> list[tuple[Part, np.ndarray]]:
+    """Returns each parameter of a row as a view of the tensor; `sizes` has the letters of each part."""
+    found, start = [], 0
+    for part, letters in zip(row.parts, sizes, strict=True):
+        stop = start + source_shape(part.pattern, letters)[row.join]
+        box = (slice(None),) * row.join + (slice(start, stop),)
+        found.append((part, to_parameter(tensor[box], part.pattern, letters)))
+        start = stop
+    return found
+
+
+def row_shape(row: Row, sizes: Sequence[Mapping[str, int]]) -> tuple[int, ...]:
+    """Returns the shape of the tensor of a row: its parts one after the other."""
+    shapes = [source_shape(part.pattern, letters) for part, letters in zip(row.parts, sizes, strict=True)]
+    shape = list(shapes[0])
+    shape[row.join] = sum(other[row.join] for other in shapes)
+    return tuple(shape)
 
 
 def source_letters(pattern: str) -> list[str]:

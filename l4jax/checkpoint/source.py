@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from l4jax.checkpoint import names
 from l4jax.checkpoint.lazy import Joined, LazyArray, Stacked
-from l4jax.checkpoint.names import Part, Row
+from l4jax.checkpoint.names import Row
 from l4jax.config import Llama4Config
 
 
@@ -117,25 +115,6 @@ def gather_parts(pieces: Mapping[tuple[str, int | None], LazyArray]) -> dict[str
     for path, members in experts.items():
         arrays[path] = Stacked(tuple(members[e] for e in sorted(members)))
     return arrays
-
-
-def split_row(tensor: np.ndarray, row: Row, sizes: Sequence[Mapping[str, int]]) -> list[tuple[Part, np.ndarray]]:
-    """Returns each parameter of a row as a view of the tensor; `sizes` has the letters of each part."""
-    found, start = [], 0
-    for part, letters in zip(row.parts, sizes, strict=True):
-        stop = start + names.source_shape(part.pattern, letters)[row.join]
-        box = (slice(None),) * row.join + (slice(start, stop),)
-        found.append((part, names.to_parameter(tensor[box], part.pattern, letters)))
-        start = stop
-    return found
-
-
-def row_shape(row: Row, sizes: Sequence[Mapping[str, int]]) -> tuple[int, ...]:
-    """Returns the shape of the tensor of a row: its parts one after the other."""
-    shapes = [names.source_shape(part.pattern, letters) for part, letters in zip(row.parts, sizes, strict=True)]
-    shape = list(shapes[0])
-    shape[row.join] = sum(other[row.join] for other in shapes)
-    return tuple(shape)
 
 
 def join(arrays: Sequence[LazyArray], axis: int) -> LazyArray:

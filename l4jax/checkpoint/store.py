@@ -36,6 +36,9 @@ COMPANIONS = (
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
+NOTICE = (
+    "Llama 4 is licensed under the Llama 4 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
+)
 LEGAL = ("LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -305,13 +308,22 @@ def finish(partial: Path, directory: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies tokenizer, template and licence files; returns their names."""
+    """Copies tokenizer, template and licence files; returns their names.
+
+    Meta's licence asks every copy to carry a notice; it is added where the licence is there and the notice is not.
+    """
     found = [source / name for name in COMPANIONS if (source / name).is_file()]
     found += legal_files(source)
     for path in found:
         if path.resolve() != (target / path.name).resolve():
             shutil.copyfile(path, target / path.name)
-    return [path.name for path in found]
+    copied = [path.name for path in found]
+    licences = [name for name in copied if name.upper().startswith(("LICENSE", "LICENCE"))]
+    under_meta = any("Llama 4 Community License" in (target / name).read_text(errors="replace") for name in licences)
+    if under_meta and not any(name.upper().startswith("NOTICE") for name in copied):
+        (target / "NOTICE").write_text(NOTICE)
+        copied.append("NOTICE")
+    return copied
 
 
 def legal_files(directory: Path) -> list[Path]:

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from l4jax.checkpoint import load
 from l4jax.checkpoint.hf import open_hf
 from l4jax.checkpoint.lazy import everything
+from l4jax.checkpoint.meta import open_meta
+from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.config import preset
 from tests.checkpoint import oracles
 
@@ -15,7 +16,7 @@ PATTERNS = ["small-scout", "small-maverick", "small-guard"]
 
 
 def read_all(source) -> dict[str, np.ndarray]:
-    return {path: array.read(everything(array.shape)) for path, array in source.arrays.items()}
+    return {path: array.read(everything(array.shape)).copy() for path, array in source.arrays.items()}
 
 
 def assert_same(first, second):
@@ -32,25 +33,19 @@ def assert_same(first, second):
 def test_meta_and_hf_files_of_a_model_are_the_same_parameters(tmp_path, name, num_ranks):
     config = oracles.wide_heads(preset(name))
     model = oracles.hf_model(config)
-    hf = load.open_checkpoint(oracles.write_hf(model, tmp_path / "hf"))
-    meta = open_checkpoint_with(oracles.write_meta(model, config, tmp_path / "meta", num_ranks), config)
+    hf = open_checkpoint(oracles.write_hf(model, tmp_path / "hf"))
+    meta = open_meta(oracles.write_meta(model, config, tmp_path / "meta", num_ranks), config)
     assert meta.kind == "meta"
     assert len(meta.weight_files) == num_ranks
     assert set(meta.ignored) >= {"rope.freqs", "layers.0.attention.wqkv._extra_state"}
     assert_same(hf, meta)
 
 
-def open_checkpoint_with(directory, config):
-    from l4jax.checkpoint.meta import open_meta
-
-    return open_meta(directory, config)
-
-
 @pytest.mark.oracle
 def test_params_json_gives_the_config(tmp_path):
     config = oracles.wide_heads(preset("small-scout"))
     model = oracles.hf_model(config)
-    meta = load.open_checkpoint(oracles.write_meta(model, config, tmp_path / "meta", 2))
+    meta = open_checkpoint(oracles.write_meta(model, config, tmp_path / "meta", 2))
     text, wanted = meta.config.text_config, config.text_config
     for name in ("intermediate_size", "moe_layers", "no_rope_layers", "head_dim", "num_local_experts"):
         assert getattr(text, name) == getattr(wanted, name)
@@ -63,7 +58,7 @@ def test_names_after_loading_are_read_too(tmp_path):
     config = preset("small-maverick")
     model = oracles.hf_model(config)
     directory = oracles.write_meta(model, config, tmp_path / "meta", 1)
-    before = read_all(open_checkpoint_with(directory, config))
+    before = read_all(open_meta(directory, config))
     path = directory / "consolidated.00.pth"
     content, text = torch.load(path, weights_only=False), config.text_config
     sizes = [text.num_attention_heads * text.head_dim] + [text.num_key_value_heads * text.head_dim] * 2
@@ -86,7 +81,7 @@ def test_names_after_loading_are_read_too(tmp_path):
         for old, new in (("w_in_shared_FD", "w1"), ("w_swiglu_FD", "w3"), ("w_out_shared_DF", "w2")):
             content[f"{feed_forward}shared_expert.{new}.weight"] = content.pop(f"{feed_forward}{old}.weight")
     torch.save(content, path)
-    after = read_all(open_checkpoint_with(directory, config))
+    after = read_all(open_meta(directory, config))
     assert all(after[path].tobytes() == array.tobytes() for path, array in before.items())
 
 
@@ -110,14 +105,14 @@ def test_experts_one_by_one_equal_fused_ones(tmp_path):
     save_file(state, single / "model.safetensors")
     (single / "config.json").write_bytes((fused / "config.json").read_bytes())
     assert torch.bfloat16 in {tensor.dtype for tensor in state.values()}
-    assert_same(load.open_checkpoint(fused), load.open_checkpoint(single))
+    assert_same(open_checkpoint(fused), open_checkpoint(single))
 
 
 @pytest.mark.oracle
 def test_text_model_has_no_prefix(tmp_path):
     config = dataclasses.replace(preset("small-scout"), vision_config=None)
     model = oracles.hf_model(config)
-    source = load.open_checkpoint(oracles.write_hf(model, tmp_path, "float32"))
+    source = open_checkpoint(oracles.write_hf(model, tmp_path, "float32"))
     kernel = source.arrays["lm_head.kernel"]
     expected = model.lm_head.weight.detach().numpy().T
     np.testing.assert_array_equal(kernel.read(everything(kernel.shape)), expected)

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from l4jax.checkpoint import load, store
+from l4jax.checkpoint.opening import open_checkpoint
 from tests.checkpoint.conftest import random_parameters
 
 
@@ -31,7 +32,7 @@ def saved(tmp_path, nine_layers):
 def test_what_was_saved_comes_back(saved):
     directory, params, config = saved
     assert_equal(load.load(directory, abstract(params)), params)
-    assert load.open_checkpoint(directory).config == config
+    assert open_checkpoint(directory).config == config
 
 
 def test_orbax_reads_it(saved):
@@ -97,10 +98,10 @@ def test_a_cut_or_missing_file_is_named(saved):
     file = directory / "params" / "norm.scale" / "c" / "0"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"norm\.scale.*expected"):
-        load.open_checkpoint(directory)
+        open_checkpoint(directory)
     file.unlink()
     with pytest.raises(ValueError, match=r"norm\.scale.* is missing"):
-        load.open_checkpoint(directory)
+        open_checkpoint(directory)
 
 
 def test_parameters_of_another_model_are_refused(saved, tmp_path):

@@ -1,0 +1,261 @@
+"""`l4jax convert`: Hugging Face or Meta weights to an l4jax checkpoint, and any of them to Hugging Face.
+
+The work is cut into pieces of at most 64 MiB that threads read, transpose and write; memory does not depend on the
+model. It goes on in `DESTINATION.partial` until everything is there and hashed, then gets its name.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from l4jax.checkpoint import names, store
+from l4jax.checkpoint.lazy import Index, LazyArray, Picked, boxes, concatenate, contiguous
+from l4jax.checkpoint.opening import open_checkpoint
+from l4jax.checkpoint.pieces import JOURNAL, WORKERS, Journal, Piece, check_space, progress, work
+from l4jax.checkpoint.safetensors import encode_header
+from l4jax.checkpoint.source import Source
+
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
+SHARD_BYTES = 5_000_000_000
+"""Largest safetensors file of an export, unless one tensor is larger; what Hugging Face recommends."""
+
+
+def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", dtype: str | None = None) -> Path:
+    """Writes the checkpoint `source` (any format) as `destination`. Interrupted, the same call goes on.
+
+    Args:
+        to: "l4jax" or "hf".
+        dtype: "bfloat16", "float16" or "float32"; None keeps the dtype of each parameter (bfloat16 where it is FP8).
+
+    Raises:
+        FileNotFoundError: the source lacks files.
+        FileExistsError: the destination is taken, or its `.partial` belongs to other work.
+        ValueError: the source is damaged or does not fit its config.
+        OSError: the disk is full or not writable.
+    """
+    opened, destination = open_checkpoint(source), Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"{destination} is there already; remove it or choose another name")
+    partial = store.partial_directory(destination)
+    parent = next(folder for folder in (destination.absolute(), *destination.absolute().parents) if folder.is_dir())
+    wanted = DTYPES[dtype] if dtype else None
+    needed = sum(math.prod(array.shape) * (wanted or array.dtype).itemsize for array in opened.arrays.values())
+    present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    check_space(parent, int(needed * 1.001) + (16 << 20) - present)
+
+    job = {"source": _fingerprint(opened), "to": to, "dtype": dtype, "format": store.FORMAT}
+    with Journal(partial, job) as journal:
+        known = (_write_l4jax if to == "l4jax" else _write_hf)(opened, partial, wanted, journal)
+    store.copy_companions(opened.directory, partial)
+    (partial / JOURNAL).unlink()
+    facts = {"converted_from": opened.kind, "dtype": dtype or "as in the source", "written": time.strftime("%Y-%m-%d")}
+    store.write_manifest(partial, facts, known)
+    store.finish(partial, destination)
+    return destination
+
+
+def _fingerprint(source: Source) -> list:
+    """Returns what must not change between two runs that share a journal."""
+    files = [*source.weight_files, *source.directory.glob("config.json"), *source.directory.glob("params.json")]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+# --- To l4jax -----------------------------------------------------------------------------------------------------
+
+
+def _write_l4jax(source: Source, directory: Path, dtype: np.dtype | None, journal: Journal) -> dict[str, str]:
+    """Writes arrays and config; returns sha256 by file name."""
+    params = directory / "params"
+    params.mkdir(exist_ok=True)
+    pieces = []
+    for path, array in source.arrays.items():
+        kind = dtype or array.dtype
+        shape = source_friendly_piece(path, array.shape, kind.itemsize)
+        target = store.create_array(params, path, array.shape, kind, shape)
+        for box in boxes(array.shape, shape):
+            file = store.piece_file(params, path, shape, box)
+
+            def write(array=array, target=target, box=box, file=file) -> str:
+                store.write_box(target, box, array.read(box))
+                source.release()
+                return store.sha256(file)
+
+            size = math.prod(part.stop - part.start for part in box) * kind.itemsize
+            order = (path.rpartition("experts.")[0] or path, [part.start for part in box], path)
+            pieces.append((order, Piece(file.relative_to(directory).as_posix(), size, write)))
+    # Gate and up lie side by side in the source, so they are read one after the other.
+    work([piece for _, piece in sorted(pieces, key=lambda item: item[0])], journal, "converting")
+    store.write_orbax_metadata(params, source.arrays)
+    (directory / "config.json").write_text(json.dumps(source.config.to_hf(), indent=2) + "\n")
+    return journal.done
+
+
+def source_friendly_piece(path: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Returns the shape of a file of a parameter, cut so that each piece is a run of rows of the source tensor.
+
+    A Linear weight is transposed, so it is cut along its outputs: cut along its inputs, every piece would touch every
+    page of the source.
+    """
+    transposed = path.endswith(".kernel")
+    if not transposed:
+        return store.piece_shape(shape, itemsize)
+    stacked = 1 if ".cycle." in path else 0
+    outputs = shape[-1:] if path.endswith("o_proj.kernel") else shape[stacked + 1 :]
+    inputs = shape[stacked : len(shape) - len(outputs)]
+    turned = store.piece_shape((*shape[:stacked], *outputs, *inputs), itemsize)
+    return (*turned[:stacked], *turned[stacked + len(outputs) :], *turned[stacked : stacked + len(outputs)])
+
+
+# --- To Hugging Face ----------------------------------------------------------------------------------------------
+
+
+def _write_hf(source: Source, directory: Path, dtype: np.dtype | None, journal: Journal) -> dict[str, str]:
+    """Writes safetensors, index and config; returns sha256 by file name."""
+    config = source.config
+    rows = names.hf_rows(config, text_prefix="language_model." if config.vision_config else "")
+    parts = {row.key: [_layer(source, part.path) for part in row.parts] for row in rows}
+    infos = {}
+    for row in rows:
+        spread = _spread_shape(source, row)
+        joined = names.row_shape(row, [names.part_sizes(config, part.path) for part in row.parts])
+        infos[row.key] = (dtype or parts[row.key][0].dtype, joined, spread)
+    files, pieces = _shards(infos), []
+    for file, keys in files.items():
+        head, starts = encode_header({key: infos[key][:2] for key in keys})
+        path = directory / file
+        end = len(head) + sum(_size(*infos[key][:2]) for key in keys)
+        if not path.exists() or path.stat().st_size != end:
+            with open(path, "wb") as opened:
+                opened.write(head)
+                opened.truncate(end)
+        rows_here = {row.key: row for row in rows if row.key in set(keys)}
+        for key in keys:
+            pieces += _tensor_pieces(source, path, rows_here[key], parts[key], infos[key], starts[key])
+    work(pieces, journal, "exporting")
+    known = _hash(directory, list(files))
+    if len(files) > 1:
+        weight_map = {key: file for file, keys in files.items() for key in keys}
+        total = sum(_size(*info[:2]) for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    dtypes = {info[0].name for info in infos.values()}
+    content = config.to_hf() | {"dtype": dtypes.pop() if len(dtypes) == 1 else "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    return known
+
+
+def _layer(source: Source, path: str) -> LazyArray:
+    place, position = names.locate(source.config, path)
+    array = source.arrays[place]
+    return array if position is None else Picked(array, position)
+
+
+def _spread_shape(source: Source, row: names.Row) -> tuple[int, ...]:
+    """Returns the shape of a tensor with its flattened axes apart, its parts joined along the last."""
+    sizes = names.part_sizes(source.config, row.parts[0].path)
+    shape = [sizes[letter] for letter in names.source_letters(row.parts[0].pattern)]
+    return (*shape[:-1], shape[-1] * len(row.parts))
+
+
+def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _shards(infos: Mapping[str, tuple]) -> dict[str, list[str]]:
+    """Returns file name -> keys, in order, each file below SHARD_BYTES if its tensors are."""
+    groups, filled = [[]], 0
+    for key, (dtype, shape, _) in infos.items():
+        if groups[-1] and filled + _size(dtype, shape) > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(key)
+        filled += _size(dtype, shape)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}
+
+
+def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, start: int) -> Iterator[Piece]:
+    """Yields the pieces of one tensor: runs of its bytes, each made of one box of each parameter in it."""
+    dtype, _, spread = info
+    piece = store.piece_shape(spread, dtype.itemsize)
+    for box in boxes(spread, piece):
+        first = int(np.ravel_multi_index([part.start for part in box], spread))
+        size = math.prod(part.stop - part.start for part in box) * dtype.itemsize
+        offset = start + first * dtype.itemsize
+
+        def write(box=box, offset=offset) -> str:
+            found = [
+                _tensor_box(array, part.pattern, box, len(arrays))
+                for array, part in zip(arrays, row.parts, strict=True)
+            ]
+            block = found[0] if len(found) == 1 else concatenate(found, -1)
+            block = contiguous(block if block.dtype == dtype else block.astype(dtype))
+            source.release()
+            _write_at(path, offset, block)
+            return ""
+
+        yield Piece(f"{path.name}@{offset}", size, write)
+
+
+def _tensor_box(array: LazyArray, pattern: str, box: Index, num_parts: int) -> np.ndarray:
+    """Returns the box of a tensor (in its spread axes) from the parameter."""
+    letters = names.source_letters(pattern)
+    if num_parts > 1:  # parts are joined along the last axis, which is never cut
+        box = (*box[:-1], slice(0, array.shape[names.target_letters(pattern).index(letters[-1])]))
+    by_letter = dict(zip(letters, box, strict=True))
+    order = names.target_letters(pattern)
+    values = array.read(tuple(by_letter[letter] for letter in order))
+    return values.transpose([order.index(letter) for letter in letters])
+
+
+def _write_at(path: Path, offset: int, block: np.ndarray) -> None:
+    data = memoryview(block.reshape(-1).view(np.uint8))
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        while data:
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(directory: Path, files: list[str]) -> dict[str, str]:
+    """Returns sha256 of files, several at a time."""
+    with (
+        progress("hashing", sum((directory / file).stat().st_size for file in files)) as advance,
+        ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        found = {}
+        for file, digest in zip(files, pool.map(lambda file: store.sha256(directory / file), files), strict=True):
+            found[file] = digest
+            advance((directory / file).stat().st_size)
+    return found
+
+
+# --- Command ------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="directory with Hugging Face, Meta or l4jax weights")
+    parser.add_argument("destination", help="directory to write; must not exist")
+    parser.add_argument("--to", choices=("l4jax", "hf"), default="l4jax", help="format to write (default: l4jax)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as in the source, bfloat16 for FP8")
+
+
+def run(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    destination = convert(args.source, args.destination, to=args.to, dtype=args.dtype)
+    size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
+    seconds = time.monotonic() - started
+    print(f"{destination}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), every file hashed")
+    return 0

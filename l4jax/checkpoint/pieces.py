@@ -1,0 +1,126 @@
+"""Long work in small pieces: in parallel, with bounded memory, a journal of what is done, and a progress bar.
+
+A piece is written by one thread and entered into the journal when it is on disk. After a kill the same call does the
+pieces that the journal lacks.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+JOURNAL = "journal.jsonl"
+WORKERS = min(max(2, os.cpu_count() or 1), 6)
+"""Pieces in flight. Each takes about three times its size in memory, so there is an upper bound."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One unit of work."""
+
+    name: str
+    """Unique within the job."""
+    size: int
+    """Bytes written."""
+    write: Callable[[], str]
+    """Writes the piece and returns a fact to remember (a checksum, or nothing)."""
+
+
+class Journal:
+    """What is done, one JSON line each, behind a first line that says what the work is."""
+
+    def __init__(self, directory: Path, job: Mapping[str, object]):
+        """Opens the journal in `directory`, which is made if needed.
+
+        Raises:
+            FileExistsError: the directory holds other unfinished work.
+        """
+        self.path = directory / JOURNAL
+        self.done: dict[str, str] = {}
+        self._lock = threading.Lock()
+        first = json.dumps(job, sort_keys=True)
+        if self.path.is_file():
+            lines = self.path.read_text().split("\n")
+            if lines[0] != first:
+                raise FileExistsError(
+                    f"{directory} is what is left of another conversion (other source, options or version); "
+                    "remove it, or choose another destination"
+                )
+            for line in lines[1:-1]:  # what follows the last line break was cut off by a kill
+                entry = json.loads(line)
+                self.done[entry["piece"]] = entry["fact"]
+            kept = "\n".join(lines[:-1]) + "\n"
+        elif directory.is_dir() and any(directory.iterdir()):
+            raise FileExistsError(f"{directory} is in the way; remove it, or choose another destination")
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = first + "\n"
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(kept)
+        temporary.rename(self.path)
+        self._file = open(self.path, "a")  # noqa: SIM115, closed in close()
+
+    def add(self, piece: str, fact: str) -> None:
+        line = json.dumps({"piece": piece, "fact": fact}) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            self.done[piece] = fact
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def work(pieces: list[Piece], journal: Journal, title: str) -> None:
+    """Does the pieces that the journal lacks. The first error stops the work and is raised."""
+    total = sum(piece.size for piece in pieces)
+    todo = iter([piece for piece in pieces if piece.name not in journal.done])
+    with progress(title, total) as advance, ThreadPoolExecutor(WORKERS) as pool:
+        advance(sum(piece.size for piece in pieces if piece.name in journal.done))
+        running: dict[Future, Piece] = {}
+        try:
+            while True:
+                while len(running) < WORKERS and (piece := next(todo, None)) is not None:
+                    running[pool.submit(piece.write)] = piece
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    piece = running.pop(future)
+                    journal.add(piece.name, future.result())
+                    advance(piece.size)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a bar with rate and time left on a terminal; yields the function that advances it by bytes."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raises OSError when the disk of `directory` cannot take `needed` bytes more."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"{directory} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; make room or use another disk"
+        )
