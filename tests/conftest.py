@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import absl.flags
 import pytest
 from jaxtyping import install_import_hook
+from oracle import import_torchvision
 
 absl.flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
 install_import_hook(["l4jax.model", "pallas_kernels"], "beartype.beartype")
@@ -26,21 +27,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def torchvision():
-    """torchvision, also where its compiled operators do not fit this build of torch: none of them is used here."""
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        import torchvision
-
-        torchvision.operator_names = library  # the names live as long as this object
-    return torchvision
+    return import_torchvision()
 
 
 @pytest.fixture(autouse=True)

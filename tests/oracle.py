@@ -11,6 +11,24 @@ import numpy as np
 from l4jax.config import Llama4Config, preset
 
 
+def import_torchvision():
+    """Returns torchvision, which transformers imports, also where its compiled operators do not fit this torch."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        import torchvision
+
+        torchvision.operator_names = library  # the names live as long as this object
+    return torchvision
+
+
 def small_config(name: str, **text_fields) -> Llama4Config:
     """A preset with some fields of its text config replaced."""
     config = preset(name)
