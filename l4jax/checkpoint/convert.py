@@ -78,7 +78,7 @@ def _write_l4jax(source: Source, directory: Path, dtype: np.dtype | None, journa
     pieces = []
     for path, array in source.arrays.items():
         kind = dtype or array.dtype
-        shape = source_friendly_piece(path, array.shape, kind.itemsize)
+        shape = store.source_friendly_piece(path, array.shape, kind.itemsize)
         target = store.create_array(params, path, array.shape, kind, shape)
         for box in boxes(array.shape, shape):
             file = store.piece_file(params, path, shape, box)
@@ -96,22 +96,6 @@ def _write_l4jax(source: Source, directory: Path, dtype: np.dtype | None, journa
     store.write_orbax_metadata(params, source.arrays)
     (directory / "config.json").write_text(json.dumps(source.config.to_hf(), indent=2) + "\n")
     return journal.done
-
-
-def source_friendly_piece(path: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Returns the shape of a file of a parameter, cut so that each piece is a run of rows of the source tensor.
-
-    A Linear weight is transposed, so it is cut along its outputs: cut along its inputs, every piece would touch every
-    page of the source.
-    """
-    transposed = path.endswith(".kernel")
-    if not transposed:
-        return store.piece_shape(shape, itemsize)
-    stacked = 1 if ".cycle." in path else 0
-    outputs = shape[-1:] if path.endswith("o_proj.kernel") else shape[stacked + 1 :]
-    inputs = shape[stacked : len(shape) - len(outputs)]
-    turned = store.piece_shape((*shape[:stacked], *outputs, *inputs), itemsize)
-    return (*turned[:stacked], *turned[stacked + len(outputs) :], *turned[stacked : stacked + len(outputs)])
 
 
 # --- To Hugging Face ----------------------------------------------------------------------------------------------

@@ -83,6 +83,22 @@ def piece_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(piece)
 
 
+def source_friendly_piece(path: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Returns the shape of a file of a parameter, cut so that each piece is a run of rows of the source tensor.
+
+    A Linear weight is transposed, so it is cut along its outputs: cut along its inputs, every piece would touch every
+    page of the source.
+    """
+    transposed = path.endswith(".kernel")
+    if not transposed:
+        return piece_shape(shape, itemsize)
+    stacked = 1 if ".cycle." in path else 0
+    outputs = shape[-1:] if path.endswith("o_proj.kernel") else shape[stacked + 1 :]
+    inputs = shape[stacked : len(shape) - len(outputs)]
+    turned = piece_shape((*shape[:stacked], *outputs, *inputs), itemsize)
+    return (*turned[:stacked], *turned[stacked + len(outputs) :], *turned[stacked : stacked + len(outputs)])
+
+
 def chunk_shape(piece: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Returns the shape of a chunk: the piece with its widest axes halved in turn until CHUNK_BYTES is met."""
     chunk = list(piece)
@@ -122,6 +138,16 @@ def create_array(directory: Path, path: str, shape: tuple[int, ...], dtype: np.d
 def open_array(directory: Path, path: str) -> Stored:
     """Opens the array of one parameter for reading."""
     return Stored(ts.open(_spec(directory, path), open=True, read=True, context=_CONTEXT).result())
+
+
+def open_orbax_array(directory: Path, path: str, metadata: Mapping) -> Stored:
+    """Opens an array that Orbax wrote, whatever its layout; `metadata` is the content of its `_METADATA`."""
+    spec = _spec(directory, path)
+    if metadata.get("use_ocdbt"):
+        spec["kvstore"] = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{path}/"}
+    if not metadata.get("use_zarr3"):
+        spec["driver"] = "zarr"
+    return Stored(ts.open(spec, open=True, read=True, context=_CONTEXT).result())
 
 
 def _spec(directory: Path, path: str) -> dict:
