@@ -1,0 +1,53 @@
+"""One optimizer step, jitted once for the shapes of a run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from l4jax.train.balance import update_router_bias
+from l4jax.train.config import RunConfig
+from l4jax.train.loss import masked_mean, next_token_targets, token_losses
+from l4jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+"""ids, positions, segment_ids, loss_mask [B, T] and tiles [n, 3, S, S], as `data/pipeline.py` makes them."""
+
+
+def forward(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch, router_bias) -> tuple[jax.Array, Any]:
+    """Returns the mean loss over the answer tokens of the batch, and what is worth knowing besides."""
+    model = nnx.merge(graphdef, params)
+    logits_BTV, _, load_LE = model(
+        batch["ids"],
+        tiles=batch["tiles"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        router_bias=router_bias,
+        return_router_load=True,
+    )
+    targets_BT, counts_BT = next_token_targets(batch["ids"], batch["segment_ids"], batch["loss_mask"])
+    loss, tokens = masked_mean(token_losses(logits_BTV, targets_BT), counts_BT)
+    right, _ = masked_mean((logits_BTV.argmax(-1) == targets_BT).astype(jnp.float32), counts_BT)
+    return loss, {"loss": loss, "accuracy": right, "answer_tokens": tokens, "router_load": load_LE}
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: RunConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted `step(state, batch) -> state, metrics`; the state that goes in is donated."""
+
+    def train_step(state: TrainState, batch: Batch):
+        def loss_of(params):
+            return forward(graphdef, params, batch, state.router_bias)
+
+        grads, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        router_bias = update_router_bias(state.router_bias, metrics["router_load"], config.router_bias_rate)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(params, opt_state, state.step + 1, router_bias), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from l4jax.train.config import load_run_config, run_config_from_dict, run_config_to_dict
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_a_run_and_survives_the_round_trip(path):
+    config = load_run_config(path)
+    assert run_config_from_dict(yaml.safe_load(yaml.safe_dump(run_config_to_dict(config)))) == config
+
+
+def test_command_line_comes_before_the_file():
+    config = load_run_config(DEMO, ["steps=7", "optimizer.learning_rate=1e-3", "data.blank_images=true"])
+    assert (config.steps, config.optimizer.learning_rate, config.data.blank_images) == (7, 1e-3, True)
+
+
+def test_model_settings_can_be_overridden():
+    assert (
+        load_run_config(DEMO, ["model.text_config.attention_chunk_size=48"]).model.text_config.attention_chunk_size
+        == 48
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.learning_rate=1", "unknown key optimiser; did you mean optimizer?"),
+        ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),
+        ("learning_rate=1", "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+        ("model.text_config.hiden_size=1", "unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        ("steps=many", "steps='many' is a str, expected int"),
+        ("steps=0", "steps=0 must be at least 1"),
+        ("steps", "'steps' is no setting; write key=value"),
+        ("seed.x=1", "seed is a single value"),
+        ("optimizer=3", "optimizer: expected settings inside"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        load_run_config(DEMO, [override])
+
+
+def test_missing_keys_are_named_together(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match="missing key model, data, optimizer, steps"):
+        load_run_config(path)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n", "a: [1\n"])
+def test_files_that_are_no_settings_are_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="run.yaml"):
+        load_run_config(path)
+
+
+def test_absent_file_is_named():
+    with pytest.raises(FileNotFoundError, match="no config at nowhere.yaml"):
+        load_run_config("nowhere.yaml")

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l4jax.train.loss import masked_mean, next_token_targets, token_losses
+
+
+def test_cross_entropy_equals_optax():
+    logits = jax.random.normal(jax.random.key(0), (2, 5, 11)) * 4
+    targets = jax.random.randint(jax.random.key(1), (2, 5), 0, 11)
+    expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+    np.testing.assert_allclose(token_losses(logits, targets), expected, atol=1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits = jax.random.normal(jax.random.key(0), (1, 3, 4096)).astype(jnp.bfloat16)
+    targets = jnp.zeros((1, 3), jnp.int32)
+    np.testing.assert_allclose(
+        token_losses(logits, targets), token_losses(logits.astype(jnp.float32), targets), atol=1e-6
+    )
+
+
+@pytest.mark.oracle
+def test_masked_loss_equals_torch():
+    import torch
+
+    logits = np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
+    ids = np.random.default_rng(1).integers(0, 7, size=(2, 6))
+    learned = np.array([[0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 1, 1]], bool)
+    labels = torch.from_numpy(np.where(learned, ids, -100))
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits)[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1)
+    )
+    targets, counts = next_token_targets(jnp.asarray(ids), jnp.ones((2, 6), jnp.int32), jnp.asarray(learned))
+    loss, tokens = masked_mean(token_losses(jnp.asarray(logits), targets), counts)
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
+    assert tokens == learned[:, 1:].sum()
+
+
+def test_packed_documents_do_not_predict_one_another():
+    ids = jnp.array([[1, 2, 3, 4, 5, 0]])
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
+    targets, counts = next_token_targets(ids, segments, jnp.ones_like(ids, bool))
+    assert counts.tolist() == [[True, False, True, True, False, False]]
+    assert targets[0, :4].tolist() == [2, 3, 4, 5]
+
+
+def test_mean_is_over_tokens_and_not_over_rows():
+    values = jnp.array([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]])
+    mask = jnp.array([[True, True, True], [True, False, False]])
+    assert masked_mean(values, mask) == (2.0, 4.0)
+
+
+def test_nothing_to_learn_gives_zero_not_nan():
+    assert masked_mean(jnp.full((1, 2), jnp.inf), jnp.zeros((1, 2), bool)) == (0.0, 0.0)
