@@ -123,7 +123,7 @@ class Processor:
             ValueError: a message has another form, or holds a picture that the model cannot take.
             FileNotFoundError: there is no such picture.
         """
-        if isinstance(messages, str | Mapping):
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError("messages must be a list of {'role': ..., 'content': ...}")
         draft = _Draft(self)
         draft.control("<|begin_of_text|>")
@@ -160,7 +160,7 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special=skip_special)
 
     def _add_message(self, draft: "_Draft", message: Message) -> None:
-        role = message.get("role") if isinstance(message, Mapping) else None
+        role = message.get("role")
         if role not in ROLES:
             raise ValueError(f"message role {role!r} is not one of {', '.join(ROLES)}")
         # Tool results come under the name of the interpreter that Llama's training data had.
@@ -169,8 +169,8 @@ class Processor:
         draft.speaker_is_model = role == "assistant"
         self._add_content(draft, message.get("content"))
         calls = message.get("tool_calls") or ()
-        if calls and role != "assistant":
-            raise ValueError(f"tool_calls in a message of role {role!r}; only the assistant calls tools")
+        if calls and (role != "assistant" or not isinstance(calls, list | tuple)):
+            raise ValueError(f"tool_calls in a message of role {role!r} is no list of calls by the assistant")
         for piece in render_tool_calls([tool_call(call) for call in calls], self.tool_format):
             draft.text(piece)
         # A call waits for its result, and a result for the model's next words: the turn is not over.
@@ -180,7 +180,7 @@ class Processor:
     def _add_content(self, draft: "_Draft", content: Any) -> None:
         if content is None or isinstance(content, str):
             content = [{"type": "text", "text": content or ""}]
-        if not isinstance(content, Sequence):
+        if not isinstance(content, list | tuple):
             raise ValueError(f"message content must be text or a list, not {type(content).__name__}")
         for item in content:
             kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__

@@ -70,6 +70,8 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
         return _decode(source, name or "the picture")
     if isinstance(source, bytes):
         return _open_and_decode(io.BytesIO(source), name or "the picture")
+    if not isinstance(source, str | PathLike):
+        raise ValueError(f"a picture must be a path, bytes or a Pillow image, not {type(source).__name__}")
     name = name or str(source)
     try:
         with open(source, "rb") as file:

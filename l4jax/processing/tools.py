@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 ToolFormat = Literal["json", "python_list", "function_tag"]
 
 CODE_INTERPRETER = "code_interpreter"
-MAX_CALL_CHARS = 1_000_000  # no parser gets more than this
+MAX_CALL_CHARS = 100_000  # no parser gets more than this
 
 _HOW_TO_CALL = {
     "json": 'one JSON object for each call, {"type": "function", "name": <name>, "parameters": {<argument>: <value>}}',
@@ -59,8 +59,11 @@ def add_tools(
     if not messages or messages[0].get("role") != "system":
         return [{"role": "system", "content": [text]}, *messages]
     content = messages[0].get("content") or []
-    items = [{"type": "text", "text": content + "\n\n"}] if isinstance(content, str) else list(content)
-    return [{**messages[0], "content": [*items, text]}, *messages[1:]]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content + "\n\n"}]
+    elif not isinstance(content, list | tuple):
+        content = [content]
+    return [{**messages[0], "content": [*content, text]}, *messages[1:]]
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]], tool_format: ToolFormat = "json") -> str:
@@ -74,10 +77,12 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], tool_format: ToolFormat =
         ValueError: a tool has no name, or cannot be written as JSON.
     """
     _check_format(tool_format)
-    functions = [tool.get("function", tool) if isinstance(tool, Mapping) else tool for tool in tools]
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("tools must be a list of dicts with 'name', 'description' and 'parameters' (a JSON schema)")
+    functions = [tool.get("function", tool) for tool in tools]
     for function in functions:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError("each tool must be a dict with 'name', 'description' and 'parameters' (a JSON schema)")
+            raise ValueError("each of the tools must have a 'name', or a 'function' that has one")
     try:
         listing = json.dumps(functions, indent=4, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -120,8 +125,8 @@ def render_tool_calls(calls: Sequence[ToolCall], tool_format: ToolFormat = "json
         ]
         return [f"[{', '.join(texts)}]"]
     if tool_format == "function_tag":
-        return [f"<function={call.name}>{json.dumps(call.arguments)}</function>" for call in calls]
-    return [json.dumps({"type": "function", "name": call.name, "parameters": call.arguments}) for call in calls]
+        return [f"<function={call.name}>{json.dumps(dict(call.arguments))}</function>" for call in calls]
+    return [json.dumps({"type": "function", "name": call.name, "parameters": dict(call.arguments)}) for call in calls]
 
 
 def _check_format(tool_format: str) -> None:
@@ -146,7 +151,9 @@ def parse_answer(text: str) -> Answer:
     `<|python_start|>` and `<|python_end|>` and is no call is code: a call of `code_interpreter`. Anything that is
     not wholly a call stays words.
     """
-    text = re.sub(r"(?:<\|(?:eot|eom|end_of_text)\|>)+\s*\Z", "", text).strip()
+    text = text.strip()
+    for stop in ("<|eot|>", "<|eom|>", "<|end_of_text|>"):
+        text = text.removesuffix(stop).strip()
     if text.startswith("<|python_start|>"):
         inside, _, after = text.removeprefix("<|python_start|>").partition("<|python_end|>")
         # transformers' template puts words inside and the calls behind; otherwise calls or code are inside.
@@ -187,12 +194,14 @@ def _json_calls(text: str) -> Iterator[ToolCall]:
     while text:
         value, end = decoder.raw_decode(text)
         for entry in value if isinstance(value, list) else [value]:
-            yield _named(entry["name"], entry["parameters"] if "parameters" in entry else entry["arguments"])
+            if not isinstance(entry, dict):
+                raise ValueError("not a JSON object")
+            yield _named(entry.get("name"), entry.get("parameters", entry.get("arguments")))
         text = text[end:].lstrip(" \t\r\n,;")
 
 
 def _python_calls(text: str) -> Iterator[ToolCall]:
-    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # "\d" in an argument
+    with warnings.catch_warnings(action="ignore"):  # of "\d" in an argument, for one
         tree = ast.parse(text, mode="eval").body
     for node in tree.elts if isinstance(tree, ast.List) else ():
         if not isinstance(node, ast.Call) or node.args:

@@ -67,8 +67,8 @@ def load_video(
         source = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=_by_number)
         if not source:
             raise ValueError(f"folder {path} holds no pictures ({', '.join(PICTURES)}) to take as frames")
-    if not len(source):
-        raise ValueError("a video of no frames; give at least one picture")
+    if not isinstance(source, list | tuple) or not source:
+        raise ValueError("a video must be a file, a folder or a list of at least one picture")
     chosen = spread(len(source), max_frames)
     return [Frame(load_image(source[index]), index / frames_per_second) for index in chosen]
 
@@ -132,7 +132,7 @@ def _sampled(container: Any, max_frames: int) -> Iterator[Frame]:
             continue
         container.seek(int((begin + time) / stream.time_base), stream=stream)
         for frame in container.decode(stream):
-            seconds = frame.time - begin
+            seconds = -1.0 if frame.time is None else frame.time - begin
             if seconds > last and seconds >= time - 1e-3:
                 last = seconds
                 yield Frame(load_image(frame.to_image()), seconds)
