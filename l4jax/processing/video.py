@@ -16,7 +16,7 @@ from PIL import Image
 from l4jax.processing.image import DECODE_ERRORS, ImageSource, damaged, load_image, open_checked, to_rgb
 
 MAX_FRAMES = 256  # of a video, in one prompt
-MAX_SCANNED = 10_000  # frames of an animation, or files of a folder, that are looked through
+MAX_SCANNED = 10_000  # frames of an animation that are looked through
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG", ".apng": "PNG"}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 # Containers whose demuxer opens nothing but the file itself; playlists would open what they name.
@@ -111,11 +111,11 @@ def _film(path: Path, max_frames: int) -> list[Frame]:
     try:
         # An open file, not a name: FFmpeg would take names for addresses too.
         with path.open("rb") as file, av.open(file, options={"format_whitelist": CONTAINERS}) as container:
-            frames = list(_sampled(container, max_frames))
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+            frames = list(_sampled(container, max_frames)) if container.streams.video else []
+    except (av.FFmpegError, OSError) as error:
         raise ValueError(damaged(str(path), error)) from None
     if not frames:
-        raise ValueError(f"{path} holds no frames")
+        raise ValueError(f"{path} holds no pictures; give a video")
     return frames
 
 

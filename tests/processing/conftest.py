@@ -41,25 +41,6 @@ def meta_tokenizer(tokenizer_model):
 
 
 @pytest.fixture(scope="session")
-def torchvision():
-    """torchvision, also where its compiled operators do not fit this build of torch: none of them is used here."""
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        import torchvision
-
-        torchvision.operator_names = library  # the names live as long as this object
-    return torchvision
-
-
-@pytest.fixture(scope="session")
 def hf_images(torchvision):
     """transformers' image processor module."""
     from transformers.models.llama4 import image_processing_llama4

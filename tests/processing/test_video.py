@@ -82,6 +82,18 @@ def test_a_film_is_sampled_over_its_length(tmp_path, suffix):
     assert len(load_video(path, max_frames=64)) == 40
 
 
+def test_a_film_without_pictures_is_refused(tmp_path):
+    av = pytest.importorskip("av", reason="PyAV is an extra: pip install 'l4jax[video]'")
+    with av.open(tmp_path / "sound.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match="holds no pictures; give a video"):
+        load_video(tmp_path / "sound.mp4")
+
+
 def test_a_film_without_pyav_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"0" * 100)
