@@ -589,7 +589,7 @@ _MINI = dataclasses.replace(
 
 
 def _small(text: TextConfig) -> Llama4Config:
-    tokens = {"image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292}
+    tokens = {"image_token_index": 271, "boi_token_index": 266, "eoi_token_index": 267}  # of ByteTokenizer
     return Llama4Config(text_config=text, vision_config=_SMALL_VISION, **tokens)
 
 

@@ -8,7 +8,7 @@ from oracle import hf_logits, hf_model, load_l4jax, save_hf, small_config
 LENGTH = 50  # chunks of 8, temperature floor of 4
 TOLERANCE = 2e-5  # float32 round-off of eight layers at logits of size 4; transformers itself is 5e-6 from float64
 
-PATCH = 290
+PATCH = 271
 
 
 def prompt(config, tiles_at=(), batch=1, seed=0):
