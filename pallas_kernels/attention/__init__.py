@@ -6,9 +6,10 @@ The mask is never an array: it follows from positions and segment ids, so whole 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, xla
 from pallas_kernels.dispatch import dispatch, register
 
+register("attention", "xla", xla.attention)
 register("attention", "reference", reference.attention)
 
 
@@ -43,7 +44,7 @@ def attention(
         kv_positions: position of each key in its document; None means 0..S-1.
         q_segment_ids: document of each query; None means one document.
         kv_segment_ids: document of each key; None means one document (id 1).
-        scale: factor on the scores; None means `H ** -0.5`.
+        scale: positive factor on the scores, a Python number; None means `H ** -0.5`.
         return_lse: whether to return the log-sum-exp of the scores as well (for `merge_partial_attention`).
         implementation: "auto", or a name from `dispatch.implementations("attention")`.
 
@@ -53,9 +54,9 @@ def attention(
     Raises:
         ValueError: shapes or dtypes disagree, or the named implementation cannot serve the call.
     """
-    _check(q_BTNH, k_BSKH, v_BSKH, chunk_size)
     if scale is None:
         scale = q_BTNH.shape[-1] ** -0.5
+    _check(q_BTNH, k_BSKH, v_BSKH, chunk_size, scale)
     out_BTNH, lse_BTN = dispatch(
         "attention", implementation, q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, q_segment_ids, kv_segment_ids,
         causal, chunk_size, scale,
@@ -91,7 +92,7 @@ def merge_partial_attention(
     return out.astype(outs[0].dtype), largest_BTN + jnp.log(safe_total_BTN)
 
 
-def _check(q: Array, k: Array, v: Array, chunk_size: int | None) -> None:
+def _check(q: Array, k: Array, v: Array, chunk_size: int | None, scale: float) -> None:
     if k.shape != v.shape or q.ndim != 4 or k.ndim != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"expected q [B,T,N,H], k and v [B,S,K,H]; got {q.shape}, {k.shape} and {v.shape}")
     if q.shape[2] % k.shape[2]:
@@ -100,3 +101,5 @@ def _check(q: Array, k: Array, v: Array, chunk_size: int | None) -> None:
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None for no chunks")
+    if scale <= 0:
+        raise ValueError(f"scale={scale} must be positive")
