@@ -43,6 +43,24 @@ MODELS = {
 }
 
 
+# A model that sees, of one cycle: tiles of 56 pixels make four tokens each.
+PATCH = 90
+PICTURES = Llama4Config(
+    text_config=dataclasses.replace(_TEXT, num_hidden_layers=4, **layer_pattern(4)),
+    vision_config=dataclasses.replace(
+        preset("small-scout").vision_config,
+        hidden_size=16,
+        intermediate_size=64,
+        projector_input_dim=24,
+        projector_output_dim=24,
+        vision_output_dim=24,
+    ),
+    image_token_index=PATCH,
+    boi_token_index=91,
+    eoi_token_index=92,
+)
+
+
 def visible(text, layer: int, length: int) -> list[list[int]]:
     """For each position the positions that this layer may see, from transformers' own masks."""
     import torch
@@ -76,8 +94,23 @@ def decoded_logits(model, ids: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
+def make_pictures() -> None:
+    """Two pictures in one prompt: one of a single tile, one of three."""
+    model = hf_model(PICTURES, seed=7)
+    model.save_pretrained(HERE / "pictures", safe_serialization=True)
+    (HERE / "pictures" / "generation_config.json").unlink(missing_ok=True)
+    rng = np.random.default_rng(7)
+    ids = rng.integers(3, PATCH, (1, 30))
+    for start in (2, 9, 14, 19):
+        ids[:, start : start + 4] = PATCH
+    pixels = rng.integers(0, 256, (4, 3, 56, 56), dtype=np.uint8)
+    logits = hf_logits(model, ids, (pixels / 127.5 - 1).astype(np.float32))
+    np.savez_compressed(HERE / "pictures" / "expected.npz", ids=ids, pixels=pixels, logits=logits)
+
+
 def main() -> None:
     import_torchvision()
+    make_pictures()
     from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
 
     for seed, (name, text) in enumerate(MODELS.items()):

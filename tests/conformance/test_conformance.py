@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 TOLERANCE = 2e-5
 PROMPT = 11
 
-pytestmark = pytest.mark.parametrize("name", ["scout", "maverick"])
+both = pytest.mark.parametrize("name", ["scout", "maverick"])
 
 
 @cache
@@ -34,6 +34,7 @@ def assert_close(actual, wanted):
     np.testing.assert_allclose(np.asarray(actual), wanted, rtol=0, atol=TOLERANCE)
 
 
+@both
 @pytest.mark.parametrize("length", [7, 8, 9, 17, 40])
 def test_prefill(name, length):
     case = f"prefill_{length}"
@@ -41,6 +42,7 @@ def test_prefill(name, length):
     assert_close(logits, expected(name)[f"{case}.logits"])
 
 
+@both
 def test_decode(name):
     ids = expected(name)["decode.ids"]
     step = jax.jit(lambda ids, cache: model(name)(ids, cache=cache))
@@ -52,6 +54,7 @@ def test_decode(name):
     assert_close(jnp.concatenate(parts, axis=1), expected(name)["decode.logits"])
 
 
+@both
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_padded_and_packed_rows_equal_the_document_alone(name, layout):
     documents = [expected(name)[f"document_{i}.ids"][0] for i in range(2)]
@@ -71,6 +74,7 @@ def test_padded_and_packed_rows_equal_the_document_alone(name, layout):
         assert_close(mine, expected(name)[f"document_{i}.logits"][0])
 
 
+@both
 def test_each_layer_sees_what_it_may(name):
     """The gradient of a query's output is zero exactly at the keys that it may not see."""
     visible = json.loads((HERE / name / "visible.json").read_text())
@@ -89,6 +93,14 @@ def test_each_layer_sees_what_it_may(name):
             assert np.flatnonzero(reach[query]).tolist() == keys, (layer, query)
 
 
+def test_pictures():
+    arrays = expected("pictures")
+    tiles = (arrays["pixels"] / 127.5 - 1).astype(np.float32)
+    logits = jax.jit(lambda ids, tiles: model("pictures")(ids, tiles=tiles)[0])(arrays["ids"], tiles)
+    assert_close(logits, arrays["logits"])
+
+
+@both
 def test_rotary_frequencies(name):
     text = preset(name).text_config
     wanted = json.loads((HERE / "frequencies.json").read_text())[name]
