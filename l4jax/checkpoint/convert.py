@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,9 +89,12 @@ def _write_l4jax(source: Source, directory: Path, dtype: np.dtype | None, journa
                 source.release()
                 return store.sha256(file)
 
+            def checksum(file=file) -> str | None:
+                return store.sha256(file) if file.is_file() else None
+
             size = math.prod(part.stop - part.start for part in box) * kind.itemsize
             order = (path.rpartition("experts.")[0] or path, [part.start for part in box], path)
-            pieces.append((order, Piece(file.relative_to(directory).as_posix(), size, write)))
+            pieces.append((order, Piece(file.relative_to(directory).as_posix(), size, write, checksum)))
     # Gate and up lie side by side in the source, so they are read one after the other.
     work([piece for _, piece in sorted(pieces, key=lambda item: item[0])], journal, "converting")
     store.write_orbax_metadata(params, source.arrays)
@@ -111,7 +115,7 @@ def _write_hf(source: Source, directory: Path, dtype: np.dtype | None, journal: 
         spread = _spread_shape(source, row)
         joined = names.row_shape(row, [names.part_sizes(config, part.path) for part in row.parts])
         infos[row.key] = (dtype or parts[row.key][0].dtype, joined, spread)
-    files, pieces = _shards(infos), []
+    files, pieces = group_in_files(infos), []
     for file, keys in files.items():
         head, starts = encode_header({key: infos[key][:2] for key in keys})
         path = directory / file
@@ -153,7 +157,7 @@ def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _shards(infos: Mapping[str, tuple]) -> dict[str, list[str]]:
+def group_in_files(infos: Mapping[str, tuple]) -> dict[str, list[str]]:
     """Returns file name -> keys, in order, each file below SHARD_BYTES if its tensors are."""
     groups, filled = [[]], 0
     for key, (dtype, shape, _) in infos.items():
@@ -184,10 +188,16 @@ def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, star
             block = found[0] if len(found) == 1 else concatenate(found, -1)
             block = contiguous(block if block.dtype == dtype else block.astype(dtype))
             source.release()
-            _write_at(path, offset, block)
-            return ""
+            data = memoryview(block.reshape(-1).view(np.uint8))
+            _write_at(path, offset, data)
+            return f"{zlib.crc32(data):08x}"
 
-        yield Piece(f"{path.name}@{offset}", size, write)
+        def checksum(offset=offset, size=size) -> str:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return f"{zlib.crc32(file.read(size)):08x}"
+
+        yield Piece(f"{path.name}@{offset}", size, write, checksum)
 
 
 def _tensor_box(array: LazyArray, pattern: str, box: Index, num_parts: int) -> np.ndarray:
@@ -201,14 +211,12 @@ def _tensor_box(array: LazyArray, pattern: str, box: Index, num_parts: int) -> n
     return values.transpose([order.index(letter) for letter in letters])
 
 
-def _write_at(path: Path, offset: int, block: np.ndarray) -> None:
-    data = memoryview(block.reshape(-1).view(np.uint8))
+def _write_at(path: Path, offset: int, data: memoryview) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
         while data:
             written = os.pwrite(descriptor, data, offset)
             data, offset = data[written:], offset + written
-        os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -243,3 +251,9 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     print(f"{destination}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), every file hashed")
     return 0
+
+
+if __name__ == "__main__":
+    command = argparse.ArgumentParser(description=__doc__)
+    add_arguments(command)
+    raise SystemExit(run(command.parse_args()))

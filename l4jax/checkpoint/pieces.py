@@ -1,7 +1,7 @@
 """Long work in small pieces: in parallel, with bounded memory, a journal of what is done, and a progress bar.
 
-A piece is written by one thread and entered into the journal when it is on disk. After a kill the same call does the
-pieces that the journal lacks.
+A piece is written by one thread and then entered into the journal with its checksum. After a kill the same call
+compares what the journal says with what is there, and does the rest.
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ class Piece:
     size: int
     """Bytes written."""
     write: Callable[[], str]
-    """Writes the piece and returns a fact to remember (a checksum, or nothing)."""
+    """Writes the piece and returns its checksum."""
+    checksum: Callable[[], str | None]
+    """Returns the checksum of what is on disk, None if nothing is."""
 
 
 class Journal:
@@ -57,7 +59,7 @@ class Journal:
                 )
             for line in lines[1:-1]:  # what follows the last line break was cut off by a kill
                 entry = json.loads(line)
-                self.done[entry["piece"]] = entry["fact"]
+                self.done[entry["piece"]] = entry["checksum"]
             kept = "\n".join(lines[:-1]) + "\n"
         elif directory.is_dir() and any(directory.iterdir()):
             raise FileExistsError(f"{directory} is in the way; remove it, or choose another destination")
@@ -69,12 +71,12 @@ class Journal:
         temporary.rename(self.path)
         self._file = open(self.path, "a")  # noqa: SIM115, closed in close()
 
-    def add(self, piece: str, fact: str) -> None:
-        line = json.dumps({"piece": piece, "fact": fact}) + "\n"
+    def add(self, piece: str, checksum: str) -> None:
+        line = json.dumps({"piece": piece, "checksum": checksum}) + "\n"
         with self._lock:
             self._file.write(line)
             self._file.flush()
-            self.done[piece] = fact
+            self.done[piece] = checksum
 
     def close(self) -> None:
         self._file.close()
@@ -87,24 +89,40 @@ class Journal:
 
 
 def work(pieces: list[Piece], journal: Journal, title: str) -> None:
-    """Does the pieces that the journal lacks. The first error stops the work and is raised."""
+    """Does the pieces that the journal lacks, or whose checksum is not the journal's.
+
+    The first error stops the work and is raised.
+    """
     total = sum(piece.size for piece in pieces)
-    todo = iter([piece for piece in pieces if piece.name not in journal.done])
     with progress(title, total) as advance, ThreadPoolExecutor(WORKERS) as pool:
-        advance(sum(piece.size for piece in pieces if piece.name in journal.done))
-        running: dict[Future, Piece] = {}
-        try:
-            while True:
-                while len(running) < WORKERS and (piece := next(todo, None)) is not None:
-                    running[pool.submit(piece.write)] = piece
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    piece = running.pop(future)
-                    journal.add(piece.name, future.result())
-                    advance(piece.size)
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+        def finish(piece: Piece, checksum: str) -> None:
+            journal.add(piece.name, checksum)
+            advance(piece.size)
+
+        # Nothing was synced to disk before the kill, if it was the machine that died.
+        kept = [piece for piece in pieces if piece.name in journal.done]
+        todo = [piece for piece in pieces if piece.name not in journal.done]
+        for piece, checksum in zip(kept, pool.map(lambda piece: piece.checksum(), kept), strict=True):
+            if checksum == journal.done[piece.name]:
+                advance(piece.size)
+            else:
+                todo.append(piece)
+        _in_parallel(pool, todo, finish)
+
+
+def _in_parallel(pool: ThreadPoolExecutor, todo: list[Piece], finish: Callable[[Piece, str], None]) -> None:
+    waiting, running = iter(todo), {}
+    try:
+        while True:
+            while len(running) < WORKERS and (piece := next(waiting, None)) is not None:
+                running[pool.submit(piece.write)] = piece
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finish(running.pop(future), future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

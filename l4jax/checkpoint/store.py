@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,8 +155,8 @@ def _spec(directory: Path, path: str) -> dict:
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{directory / path}/"}}
 
 
-# No cache: every byte is used once. Files are synced to disk before they get their name.
-_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": True})
+# No cache: every byte is used once. Files are synced all together before the manifest is written.
+_CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
 
 
 def piece_file(directory: Path, path: str, piece: tuple[int, ...], box: Index) -> Path:
@@ -330,7 +331,7 @@ def finish(partial: Path, directory: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(directory)
-    sync_directory(directory.parent)
+    sync(directory.parent)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
@@ -361,24 +362,27 @@ def legal_files(directory: Path) -> list[Path]:
 
 
 def write_manifest(directory: Path, facts: Mapping[str, object], known: Mapping[str, str] | None = None) -> None:
-    """Writes size and sha256 of every file below `directory`, synced and renamed into place.
+    """Writes size and sha256 of every file below `directory`, after all of them are on disk.
 
     Args:
         facts: put at the head of the manifest.
         known: sha256 of files that were hashed before, by relative name.
     """
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    folders = {directory, *(p.parent for p in paths)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(sync, [*paths, *folders]))
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in paths:
         name = path.relative_to(directory).as_posix()
-        if name != MANIFEST:
-            files[name] = {"size": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
+        files[name] = {"size": path.stat().st_size, "sha256": (known or {}).get(name) or sha256(path)}
     temporary = directory / f".{MANIFEST}"
     with open(temporary, "w") as file:
         json.dump({"format": FORMAT, **facts, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(directory / MANIFEST)
-    sync_directory(directory)
+    sync(directory)
 
 
 def read_manifest(directory: Path) -> dict:
@@ -420,9 +424,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_directory(directory: Path) -> None:
-    """Makes renames in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,0 +1,154 @@
+"""Rate and memory of `l4jax convert`, beside a plain copy of the same files and beside transformers.
+
+Makes a synthetic checkpoint with the tensor shapes of Scout (fewer layers) or with one expert tensor of 5 GB (--wide),
+converts it in a process of its own, and prints one line for each way: seconds, GB/s, peak resident memory.
+
+    python scripts/bench_convert.py --directory /big/disk                           # 13 GB in, 13 GB out, 2-4 minutes
+    python scripts/bench_convert.py --directory /big/disk --wide
+    python scripts/bench_convert.py --directory /big/disk --layers 1 --vocab 32768 --transformers    # 5 GB
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from l4jax.checkpoint import convert, names
+from l4jax.checkpoint.safetensors import DTYPES, encode_header
+from l4jax.config import Llama4Config, layer_pattern, preset
+
+TRANSFORMERS = """
+import sys, torch, transformers
+kind = transformers.Llama4ForCausalLM
+kind.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
+"""
+# transformers imports torchvision wherever it is installed, and a build for another torch must not stop the comparison.
+SHIM = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+"""
+
+
+def synthetic_config(num_layers: int, num_experts: int, vocab: int) -> Llama4Config:
+    text = dataclasses.replace(
+        preset("scout").text_config,
+        num_hidden_layers=num_layers,
+        num_local_experts=num_experts,
+        vocab_size=vocab,
+        bos_token_id=1,
+        eos_token_id=(2,),
+        pad_token_id=0,
+        **layer_pattern(num_layers),
+    )
+    return Llama4Config(text_config=text)
+
+
+def write_synthetic(directory: Path, config: Llama4Config) -> int:
+    """Writes random bfloat16 weights, finite and incompressible; returns their bytes."""
+    directory.mkdir()
+    block = np.random.default_rng(0).integers(0, 1 << 16, 32 << 20, dtype=np.uint16) & 0xBFFF  # below 2: no NaN
+    infos = {}
+    for row in names.hf_rows(config, text_prefix=""):
+        sizes = [names.part_sizes(config, part.path) for part in row.parts]
+        infos[row.key] = (DTYPES["BF16"], names.row_shape(row, sizes))
+    groups = convert.group_in_files({key: (dtype, shape, ()) for key, (dtype, shape) in infos.items()})
+    total = 0
+    for name, keys in groups.items():
+        head, _ = encode_header({key: infos[key] for key in keys})
+        with open(directory / name, "wb") as file:
+            file.write(head)
+            for key in keys:
+                left = int(np.prod(infos[key][1]))
+                while left:
+                    count = min(left, block.size)
+                    file.write(np.roll(block[:count], left % 1000).data)
+                    left -= count
+            total += file.tell()
+    if len(groups) > 1:
+        index = {"weight_map": {key: name for name, keys in groups.items() for key in keys}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    os.sync()
+    return total
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies file by file through memory, as `cp` does, and syncs, as the converter does."""
+    target.mkdir()
+    for path in source.iterdir():
+        with open(path, "rb") as reader, open(target / path.name, "wb") as writer:
+            shutil.copyfileobj(reader, writer, 16 << 20)
+            os.fsync(writer.fileno())
+
+
+def measure(title: str, size: int, command: list[str]) -> tuple[float, float]:
+    """Runs a command; prints and returns seconds and peak resident GB of its process."""
+    report = subprocess.run(
+        [sys.executable, __file__, "--measure", *command], stdout=subprocess.PIPE, check=True, text=True
+    )
+    seconds, peak = map(float, report.stdout.splitlines()[-1].split())
+    print(f"{title:<24} {seconds:8.1f} s {size / 1e9 / seconds:8.2f} GB/s   peak memory {peak:6.2f} GB", flush=True)
+    return seconds, peak
+
+
+def measured_run(command: list[str]) -> None:
+    """Prints seconds and peak resident GB of the child; a process of its own, as the peak is that of all children."""
+    import resource
+
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    seconds = time.monotonic() - start
+    print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, help="where to work; needs three times the size")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=202048)
+    parser.add_argument("--wide", action="store_true", help="one layer whose gate_up_proj alone has 5.4 GB")
+    parser.add_argument("--transformers", action="store_true", help="also load and save with transformers (in memory)")
+    parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measured_run(args.measure)
+        return
+
+    config = synthetic_config(1, 32, 32768) if args.wide else synthetic_config(args.layers, 16, args.vocab)
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+        work = Path(folder)
+        size = write_synthetic(work / "source", config)
+        print(
+            f"{size / 1e9:.2f} GB, {len(list((work / 'source').glob('*.safetensors')))} files, {os.cpu_count()} cores"
+        )
+        for _ in range(2):
+            start = time.monotonic()
+            copy(work / "source", work / "copy")
+            copied = time.monotonic() - start
+            print(f"{'plain copy':<24} {copied:8.1f} s {size / 1e9 / copied:8.2f} GB/s", flush=True)
+            shutil.rmtree(work / "copy")
+
+            verb = [sys.executable, "-m", "l4jax.checkpoint.convert"]
+            ours, peak = measure("convert to l4jax", size, [*verb, str(work / "source"), str(work / "l4jax")])
+            back, _ = measure("convert to hf", size, [*verb, str(work / "l4jax"), str(work / "hf"), "--to", "hf"])
+            print(f"of the copy's rate: {copied / ours:.2f} to l4jax, {copied / back:.2f} to hf", flush=True)
+            shutil.rmtree(work / "l4jax")
+            shutil.rmtree(work / "hf")
+        if args.transformers:
+            command = [sys.executable, "-c", SHIM + TRANSFORMERS, str(work / "source"), str(work / "saved")]
+            theirs, their_peak = measure("transformers load+save", size, command)
+            print(f"convert is {theirs / ours:.1f} times as fast, with {peak / their_peak:.2f} of the memory")
+
+
+if __name__ == "__main__":
+    main()
