@@ -2,9 +2,10 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import reference, xla
 from pallas_kernels.dispatch import dispatch, register
 
+register("decode_attention", "xla", xla.decode_attention)
 register("decode_attention", "reference", reference.decode_attention)
 
 
@@ -23,7 +24,8 @@ def decode_attention(
     With chunks the cache holds the current chunk only: slot s holds the newest position with
     `position % chunk_size == s`, and query t sees slots `0..p % chunk_size`; the T new tokens must then lie in one
     chunk (T = 1 always does).
-    A query whose position is negative (length 0: an idle row) returns zeros. Slots that no query sees are never read.
+    A query whose position is negative (length 0: an idle row) returns zeros. What a slot that no query sees holds does not
+    matter. Not differentiable: training uses `attention`.
 
     Args:
         q_BTNH: queries, float32 or bfloat16. N is a multiple of K; query head n reads kv head `n // (N // K)`.
@@ -31,7 +33,7 @@ def decode_attention(
         v_cache_BSKH: cached values, in the dtype of the queries.
         lengths_B: tokens of each sequence so far, the new ones included.
         chunk_size: tokens per chunk; None means that the cache holds every position.
-        scale: factor on the scores; None means `H ** -0.5`.
+        scale: positive factor on the scores, a Python number; None means `H ** -0.5`.
         implementation: "auto", or a name from `dispatch.implementations("decode_attention")`.
 
     Returns:
@@ -51,4 +53,6 @@ def decode_attention(
         raise ValueError(f"a cache of {k.shape[1]} slots is larger than chunk_size={chunk_size}; a chunk needs no more")
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if scale <= 0:
+        raise ValueError(f"scale={scale} must be positive")
     return dispatch("decode_attention", implementation, q, k, v, lengths_B, chunk_size, scale)
