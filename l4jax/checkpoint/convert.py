@@ -56,10 +56,10 @@ def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", d
     with Journal(partial, job) as journal:
         known = (_write_l4jax if to == "l4jax" else _write_hf)(opened, partial, wanted, journal)
     store.copy_companions(opened.directory, partial)
-    (partial / JOURNAL).unlink()
     facts = {"converted_from": opened.kind, "dtype": dtype or "as in the source", "written": time.strftime("%Y-%m-%d")}
     store.write_manifest(partial, facts, known)
     store.finish(partial, destination)
+    (destination / JOURNAL).unlink()
     return destination
 
 

@@ -184,8 +184,7 @@ def verify_files(directory: Path) -> list[str]:
         for name, problem in zip(files, pool.map(check, files), strict=True):
             advance(files[name]["size"])
             problems += [problem] if problem else []
-    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    problems += [f"{name} is not in the manifest" for name in sorted(found - set(files) - {store.MANIFEST})]
+    problems += [f"{name} is not in the manifest" for name in store.content_files(directory) if name not in files]
     return problems
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-JOURNAL = "journal.jsonl"
+JOURNAL = ".conversion.jsonl"
 WORKERS = min(max(2, os.cpu_count() or 1), 6)
 """Pieces in flight. Each takes about three times its size in memory, so there is an upper bound."""
 
@@ -61,12 +61,12 @@ class Journal:
                 entry = json.loads(line)
                 self.done[entry["piece"]] = entry["checksum"]
             kept = "\n".join(lines[:-1]) + "\n"
-        elif directory.is_dir() and any(directory.iterdir()):
+        elif directory.is_dir() and {path.name for path in directory.iterdir()} - {f"{JOURNAL}.new"}:
             raise FileExistsError(f"{directory} is in the way; remove it, or choose another destination")
         else:
             directory.mkdir(parents=True, exist_ok=True)
             kept = first + "\n"
-        temporary = self.path.with_suffix(".new")
+        temporary = directory / f"{JOURNAL}.new"
         temporary.write_text(kept)
         temporary.rename(self.path)
         self._file = open(self.path, "a")  # noqa: SIM115, closed in close()

@@ -76,11 +76,12 @@ def read_pth(path: Path) -> tuple[dict[str, Any], MappedFile]:
             name = next((n for n in members if n.endswith("/data.pkl") or n == "data.pkl"), None)
             if name is None:
                 raise ValueError("no data.pkl inside")
-            if members[name].file_size > MAX_PICKLE:
-                raise ValueError(f"data.pkl of {members[name].file_size} bytes")
             prefix = name.removesuffix("data.pkl")
-            order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in members else b"little"
-            if order != b"little":
+            order = members.get(f"{prefix}byteorder")
+            for info in filter(None, (members[name], order)):
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_PICKLE:
+                    raise ValueError(f"{info.filename} of {info.file_size} bytes, method {info.compress_type}")
+            if order and archive.read(order) != b"little":
                 raise ValueError("big-endian numbers")
             program = archive.read(name)
         mapped = MappedFile(path)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import tensorstore as ts
 
 from l4jax.checkpoint.lazy import Index, LazyArray, Stacked, View, boxes, everything
 from l4jax.checkpoint.names import parameter_shapes, places
+from l4jax.checkpoint.pieces import JOURNAL
 from l4jax.checkpoint.source import Source, read_json
 from l4jax.config import Llama4Config, load_config
 
@@ -119,7 +121,7 @@ def create_array(directory: Path, path: str, shape: tuple[int, ...], dtype: np.d
     """Creates (or reopens) the array of one parameter, as Orbax lays it out. Its chunks are checksummed."""
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": chunk_shape(piece, dtype.itemsize), "codecs": codecs, "index_codecs": codecs}
-    return ts.open(
+    opening = ts.open(
         _spec(directory, path)
         | {
             "metadata": {
@@ -133,7 +135,8 @@ def create_array(directory: Path, path: str, shape: tuple[int, ...], dtype: np.d
         open=True,
         create=True,
         context=_CONTEXT,
-    ).result()
+    )
+    return _done(opening, f"{directory / path}")
 
 
 def open_array(directory: Path, path: str) -> Stored:
@@ -168,7 +171,17 @@ def write_box(store: ts.TensorStore, box: Index, values: np.ndarray) -> None:
     """Writes one box, converting to the array's dtype. Strided views are transposed on the way, outside of the GIL."""
     target = store if store.dtype.numpy_dtype == values.dtype else ts.cast(store, _ts_dtype(values.dtype))
     # TensorStore copies what it is given unless told that nobody will change it; files and finished arrays do not.
-    target[box].write(values, can_reference_source_data_indefinitely=True).result()
+    _done(target[box].write(values, can_reference_source_data_indefinitely=True), store.kvstore.path)
+
+
+def _done(future: ts.Future, path: str):
+    """Returns the result; what the operating system refused becomes its OSError."""
+    try:
+        return future.result()
+    except ValueError as error:
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), path) from None
+        raise
 
 
 def _ts_dtype(dtype: np.dtype) -> ts.dtype:
@@ -368,7 +381,7 @@ def write_manifest(directory: Path, facts: Mapping[str, object], known: Mapping[
         facts: put at the head of the manifest.
         known: sha256 of files that were hashed before, by relative name.
     """
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    paths = [directory / name for name in content_files(directory)]
     folders = {directory, *(p.parent for p in paths)}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(sync, [*paths, *folders]))
@@ -383,6 +396,12 @@ def write_manifest(directory: Path, facts: Mapping[str, object], known: Mapping[
         os.fsync(file.fileno())
     temporary.rename(directory / MANIFEST)
     sync(directory)
+
+
+def content_files(directory: Path) -> list[str]:
+    """Returns the names of all files below, except the manifest and the journal of a conversion."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in names if name not in (MANIFEST, f".{MANIFEST}", JOURNAL))
 
 
 def read_manifest(directory: Path) -> dict:
