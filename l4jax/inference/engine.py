@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l4jax.config import Llama4Config
-from l4jax.inference.sampling import RowOptions, SamplingOptions, sample
+from l4jax.inference.options import SamplingOptions
+from l4jax.inference.sampling import RowOptions, sample
 from l4jax.model.cache import Cache
 from l4jax.sharding import constrain
 

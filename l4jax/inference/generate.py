@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from l4jax.inference.engine import Drawn, Engine
-from l4jax.inference.sampling import MAX_LOGPROBS, SamplingOptions
+from l4jax.inference.options import MAX_LOGPROBS, SamplingOptions
 from l4jax.processing.tokenizer import BaseTokenizer, StreamDecoder
 
 FinishReason = Literal["stop", "length"]

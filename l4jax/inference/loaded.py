@@ -22,7 +22,7 @@ from l4jax.checkpoint.source import Source
 from l4jax.config import PRESETS, Llama4Config, preset
 from l4jax.inference.engine import Engine
 from l4jax.inference.generate import Event, Generation, Prompt, collect, stream
-from l4jax.inference.sampling import SamplingOptions
+from l4jax.inference.options import CHAT_TOKENS, DEFAULT_MAX_LEN, DTYPES, SamplingOptions
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, with_params
 from l4jax.processing.chat import Message, Processor
@@ -30,10 +30,7 @@ from l4jax.processing.image import ImageSource
 from l4jax.processing.tokenizer import BaseTokenizer, ByteTokenizer, load_tokenizer
 from l4jax.sharding import make_mesh, named_sharding
 
-DEFAULT_MAX_LEN = 8192
-CHAT_TOKENS = 1024
 NUM_RELEASED_IDS = 202_048
-DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 Ids = Sequence[int] | Int[np.ndarray, " T"]
 
@@ -53,9 +50,6 @@ class LoadedModel:
         self, model: Llama4, *, mesh: Mesh, max_len: int, tokenizer: BaseTokenizer | None, directory: Path | None = None
     ):
         """Takes a module whose arrays lie on `mesh`; `directory` is where it came from, None for random weights."""
-        limit = model.config.text_config.max_position_embeddings
-        if not 1 < max_len <= limit:
-            raise ValueError(f"max_len={max_len} must be in 2..{limit:,}, the model's max_position_embeddings")
         self.config: Llama4Config = model.config
         self.model, self.mesh, self.max_len, self.tokenizer = model, mesh, max_len, tokenizer
         self._directory = directory
@@ -214,6 +208,11 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     source = open_model(model)
     config = source if isinstance(source, Llama4Config) else source.config
+    limit = config.text_config.max_position_embeddings
+    if max_len is None:
+        max_len = min(limit, DEFAULT_MAX_LEN)
+    if not 1 < max_len <= limit:
+        raise ValueError(f"max_len={max_len} must be in 2..{limit:,}, the model's max_position_embeddings")
     if mesh == "auto":
         mesh = auto_mesh(config)
     elif not isinstance(mesh, Mesh):
@@ -227,11 +226,8 @@ def load(
     else:
         params, directory = checkpoint.load(source, wanted), source.directory
         tokenizer = find_tokenizer(directory)
-    limit = config.text_config.max_position_embeddings
     module = with_params(abstract, params)
-    return LoadedModel(
-        module, mesh=mesh, max_len=max_len or min(limit, DEFAULT_MAX_LEN), tokenizer=tokenizer, directory=directory
-    )
+    return LoadedModel(module, mesh=mesh, max_len=max_len, tokenizer=tokenizer, directory=directory)
 
 
 def open_model(model: str | os.PathLike) -> Source | Llama4Config:

@@ -4,7 +4,7 @@ import pytest
 
 from l4jax.inference import engine as engine_module
 from l4jax.inference.engine import bucket_size
-from l4jax.inference.sampling import MAX_LOGPROBS, SamplingOptions
+from l4jax.inference.options import MAX_LOGPROBS, SamplingOptions
 from l4jax.sharding import make_mesh
 
 GREEDY = SamplingOptions(temperature=0, seed=0)

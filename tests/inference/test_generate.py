@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from l4jax.inference.generate import Prompt, TextStream, collect, stream
-from l4jax.inference.sampling import SamplingOptions
+from l4jax.inference.options import SamplingOptions
 from l4jax.processing.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(512)

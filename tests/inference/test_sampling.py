@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from l4jax.inference import sampling
-from l4jax.inference.sampling import RowOptions, SamplingOptions
+from l4jax.inference.options import SamplingOptions
+from l4jax.inference.sampling import RowOptions
 
 
 @pytest.fixture
