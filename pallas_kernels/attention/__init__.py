@@ -3,6 +3,8 @@
 The mask is never an array: it follows from positions and segment ids, so whole blocks outside of it cost nothing.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -65,7 +67,7 @@ def attention(
 
 
 def merge_partial_attention(
-    outs: list[Float[Array, "B T N H"]], lses: list[Float[Array, "B T N"]]
+    outs: Sequence[Float[Array, "B T N H"]], lses: Sequence[Float[Array, "B T N"]]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns attention over the union of disjoint key sets, from attention over each of them.
 

@@ -24,8 +24,8 @@ def decode_attention(
     With chunks the cache holds the current chunk only: slot s holds the newest position with
     `position % chunk_size == s`, and query t sees slots `0..p % chunk_size`; the T new tokens must then lie in one
     chunk (T = 1 always does).
-    A query whose position is negative (length 0: an idle row) returns zeros. What a slot that no query sees holds does not
-    matter. Not differentiable: training uses `attention`.
+    A query whose position is negative (length 0: an idle row) returns zeros. What a slot that no query sees holds does
+    not matter. Not differentiable: training uses `attention`.
 
     Args:
         q_BTNH: queries, float32 or bfloat16. N is a multiple of K; query head n reads kv head `n // (N // K)`.
