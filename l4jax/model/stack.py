@@ -40,7 +40,7 @@ class Stack(nnx.Module):
         self.tail = nnx.List([make_block(layer, rngs) for layer in range(self.num_cycles * len(in_cycle), num_layers)])
 
     def _stacked(self, make_block, p: int, rngs: nnx.Rngs) -> nnx.Module:
-        return nnx.vmap(lambda keys: make_block(p, keys))(rngs.fork(split=self.num_cycles))
+        return nnx.vmap(lambda keys: make_block(p, keys))(rngs.split(self.num_cycles))
 
     def arrange(self, per_layer: list[Any]) -> Layers:
         """Returns a list with one pytree a layer (or None) in the arrangement of the weights."""
