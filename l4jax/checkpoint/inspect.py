@@ -167,6 +167,13 @@ def describe(config: Llama4Config) -> dict[str, str]:
 # --- Every byte ---------------------------------------------------------------------------------------------------
 
 
+def sealed_directories(path: Path) -> list[Path]:
+    """Returns the directories with a manifest: the checkpoint itself, or the steps of a training run."""
+    if (path / store.MANIFEST).is_file():
+        return [path]
+    return sorted(manifest.parent for manifest in path.glob(f"*/{store.MANIFEST}"))
+
+
 def verify_files(directory: Path) -> list[str]:
     """Compares every file with the manifest; returns one line for each that differs, is missing or is not listed."""
     files = store.read_manifest(directory)["files"]
@@ -290,12 +297,14 @@ def run(args: argparse.Namespace) -> int:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a checkpoint directory or file")
     report, problems = {}, []
-    if args.verify and (path / store.MANIFEST).is_file():
+    if args.verify and (sealed := sealed_directories(path)):
         # Before anything else is believed: a damaged file may not even open.
-        problems = report["damaged"] = verify_files(path)
+        found = {folder: verify_files(folder) for folder in sealed}
+        problems = [line if folder == path else f"{folder.name}/{line}" for folder in sealed for line in found[folder]]
+        report["damaged"] = problems
     if not problems:
         report = summary(path) | report
-        if args.verify and path.is_dir():
+        if args.verify and "config" in report:
             found = count_non_finite(open_checkpoint(path))
             report["non_finite"] = {name: {"nan": nan, "inf": inf} for name, (nan, inf) in found.items()}
             problems = [f"{name} has {nan:,} NaN and {inf:,} infinite values" for name, (nan, inf) in found.items()]
@@ -333,8 +342,8 @@ def _lines(report: dict, args: argparse.Namespace) -> list[str]:
     if args.verify and "damaged" in report:
         lines.append("verified     every file has the sha256 of the manifest")
     elif args.verify:
-        lines.append("verified     no manifest here, so no checksums; values were read")
-    if args.verify and not report.get("non_finite"):
+        lines.append("verified     no manifest here, so no checksums to compare")
+    if args.verify and report.get("non_finite") == {}:
         lines.append("values       all finite")
     if args.diff and not report["differences"]:
         lines.append(f"difference   none: every bit equals {args.diff}")

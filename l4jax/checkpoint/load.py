@@ -1,7 +1,8 @@
 """Checkpoints into jax arrays: born on their devices, each device reading only its own part of the files."""
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 
 from l4jax.checkpoint import names
-from l4jax.checkpoint.lazy import LazyArray, Picked, contiguous
+from l4jax.checkpoint.lazy import Index, LazyArray, Picked, bits_dtype, boxes
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.source import Source
+from l4jax.checkpoint.store import Stored, source_friendly_piece
 from l4jax.config import Llama4Config
 
 
@@ -35,8 +37,7 @@ def load(source: Source | str | Path, abstract: Mapping[str, jax.ShapeDtypeStruc
     loaded = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, leaf in abstract.items():
-            loaded[path] = _load_leaf(pool, path, arrays[path], leaf)
-            source.release()
+            loaded[path] = _load_leaf(pool, path, arrays[path], leaf, source.release)
     return loaded
 
 
@@ -46,29 +47,68 @@ def select(source: Source, paths: Iterable[str]) -> dict[str, LazyArray]:
     for path, (place, position) in names.places(source.config, paths).items():
         if place not in source.arrays:
             raise KeyError(f"{source.directory} has no {path}")
-        found[path] = source.arrays[place] if position is None else Picked(source.arrays[place], position)
+        array = source.arrays[place]
+        if position is None:
+            found[path] = array
+        elif isinstance(array, Stored):
+            found[path] = Stored(array.store[position])
+        else:
+            found[path] = Picked(array, position)
     return found
 
 
-def _load_leaf(pool: ThreadPoolExecutor, path: str, array: LazyArray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _load_leaf(
+    pool: ThreadPoolExecutor, path: str, array: LazyArray, leaf: jax.ShapeDtypeStruct, release: Callable[[], None]
+) -> jax.Array:
     if tuple(array.shape) != tuple(leaf.shape):
         raise ValueError(
             f"{path} has shape {list(array.shape)} in the checkpoint and {list(leaf.shape)} in the model; "
             "the model was made for another config"
         )
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    read: dict[tuple, np.ndarray] = {}  # replicas of one box are read once
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(tuple(array.shape)).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True))
+        if bounds not in read:
+            read[bounds] = _read_box(pool, path, array, bounds, np.dtype(leaf.dtype), release)
+        # Nobody else has the buffer, so a device in this machine's memory may keep it instead of a copy.
+        shards.append(jax.device_put(read[bounds], device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, shards)
 
-    boxes: dict[tuple, object] = {}  # replicas of one box are read once
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        box = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, array.shape, strict=True))
-        key = tuple((part.start, part.stop) for part in box)
-        if key not in boxes:
-            values = array.read(box)
-            boxes[key] = contiguous(values) if values.dtype == leaf.dtype else values.astype(leaf.dtype)
-        return boxes[key]
+def _read_box(
+    pool: ThreadPoolExecutor,
+    path: str,
+    array: LazyArray,
+    bounds: tuple[tuple[int, int], ...],
+    dtype: np.dtype,
+    release: Callable[[], None],
+) -> np.ndarray:
+    """Returns a box of a parameter in memory of its own; threads fill it piece by piece."""
+    values = _aligned_empty([stop - start for start, stop in bounds], dtype)
+    bits = bits_dtype(dtype)
 
-    return jax.make_array_from_callback(tuple(leaf.shape), sharding, read, dtype=leaf.dtype)
+    def fill(box: Index) -> None:
+        place = tuple(slice(b.start + low, b.stop + low) for b, (low, _) in zip(box, bounds, strict=True))
+        if isinstance(array, Stored):
+            array.read_into(place, values[box])
+            return
+        piece = array.read(place)
+        piece = piece if piece.dtype == dtype else piece.astype(dtype)
+        values.view(bits)[box] = piece.view(bits)  # numpy copies bfloat16 item by item, its bits at full speed
+        release()
+
+    list(pool.map(fill, boxes(values.shape, source_friendly_piece(path, values.shape, dtype.itemsize))))
+    return values
+
+
+def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` at an address that is a multiple of 64 bytes, as jax wants it to take the buffer over."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def to_stacked(params: Mapping[str, object], config: Llama4Config) -> dict[str, object]:

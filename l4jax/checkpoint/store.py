@@ -63,8 +63,18 @@ class Stored:
         return np.dtype(self.store.dtype.numpy_dtype)
 
     def read(self, index: Index) -> np.ndarray:
+        return self._checked(self.store[index].read())
+
+    def read_into(self, index: Index, target: np.ndarray) -> None:
+        """Reads a box into an array of its shape and any float dtype: chunk by chunk, without a copy of the whole."""
+        memory = ts.array(target)
+        if memory.dtype != self.store.dtype:
+            memory = ts.cast(memory, self.store.dtype)
+        self._checked(memory.write(self.store[index]))
+
+    def _checked(self, future: ts.Future):
         try:
-            return self.store[index].read().result()
+            return future.result()
         except ValueError as error:
             path = self.store.kvstore.path.rstrip("/")
             raise ValueError(f"{path} is damaged ({_first_line(error)}); fetch or convert it again") from None

@@ -5,7 +5,9 @@ the next run removes. `Interruption` turns SIGTERM and Ctrl-C into "finish the s
 """
 
 import signal
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+
+from l4jax.checkpoint.store import MANIFEST, check_sizes, read_manifest, write_manifest
 
 
 class TrainStore:
@@ -39,6 +43,8 @@ class TrainStore:
             create=True,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._sealer = ThreadPoolExecutor(1)
+        self._pending: tuple[threading.Event, Future] | None = None
 
     def save(
         self,
@@ -59,7 +65,11 @@ class TrainStore:
         items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(dict(extra or {}))}
         if data_iterator is not None:
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
+        self.wait()
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        if jax.process_count() == 1:
+            finished = threading.Event()
+            self._pending = finished, self._sealer.submit(_seal, self.directory / str(step), finished)
 
     def restore(
         self, abstract_state: Any, data_iterator: Any = None, step: int | None = None
@@ -72,12 +82,17 @@ class TrainStore:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
+            ValueError: its files are missing or cut; the message names the steps that are left.
         """
         step = self.latest_step() if step is None else step
         steps = self._manager.all_steps()
         if step is None or step not in steps:
             found = f"there are {sorted(steps)}" if steps else "there is none"
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; {found}")
+        self.wait()
+        folder = self.directory / str(step)
+        if (folder / MANIFEST).is_file():  # a kill can come between the save and its manifest
+            check_sizes(folder, read_manifest(folder))
         items = {"state": ocp.args.StandardRestore(abstract_state), "extra": ocp.args.JsonRestore()}
         if data_iterator is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
@@ -96,11 +111,19 @@ class TrainStore:
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Returns when every save is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Returns when every save is on disk with its manifest; raises what went wrong in the background."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            if self._pending:
+                finished, sealed = self._pending
+                self._pending = None
+                finished.set()
+                sealed.result()
 
     def close(self) -> None:
         self.wait()
+        self._sealer.shutdown()
         self._manager.close()
 
     def __enter__(self) -> "TrainStore":
@@ -108,6 +131,18 @@ class TrainStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _seal(folder: Path, finished: threading.Event) -> None:
+    """Writes the checksums of a step as soon as it is there.
+
+    Orbax has none: it would restore a flipped bit as a number. The next save waits for this, so no step is deleted
+    meanwhile.
+    """
+    while not folder.is_dir() and not finished.wait(0.1):
+        pass
+    if folder.is_dir():  # else the save failed, and `wait` says so
+        write_manifest(folder, {})
 
 
 class Interruption:

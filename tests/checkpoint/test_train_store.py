@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from l4jax.checkpoint.inspect import verify_files
 from l4jax.checkpoint.train_store import Interruption, TrainStore
 
 STATE = {"params": {"w": jnp.arange(8.0)}, "optimizer": {"m": jnp.ones(3)}, "step": jnp.int32(3)}
@@ -52,6 +53,20 @@ def test_an_unfinished_save_is_removed_and_not_taken(tmp_path):
             store.restore(STATE)
         store.save(8, STATE)
     assert [path.name for path in tmp_path.iterdir()] == ["8"]
+
+
+def test_damage_is_found(tmp_path):
+    with TrainStore(tmp_path) as store:
+        store.save(1, STATE)
+    assert not verify_files(tmp_path / "1")
+    file = max((path for path in (tmp_path / "1" / "state").rglob("*") if path.is_file()), key=os.path.getsize)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert verify_files(tmp_path / "1") == [f"{file.relative_to(tmp_path / '1')} was changed: its sha256 differs"]
+    file.unlink()
+    with TrainStore(tmp_path) as store, pytest.raises(ValueError, match="is missing"):
+        store.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, STATE))
 
 
 def test_signals_are_noted_until_the_step_is_saved(tmp_path):
