@@ -36,6 +36,7 @@ class Variation:
 
 
 TRAINING = Variation(rotation=14.0, shear=0.2, scale=0.15, shift=3.0)
+WARM_UP = Variation(rotation=4.0, shear=0.06, scale=0.05, shift=1.0)
 HELD_OUT = Variation(shift=1.0)
 
 

@@ -1,8 +1,8 @@
 """From conversations to batches of fixed shape: encode, pack into rows, stack, with a state that can be saved.
 
-Every stage of training feeds the same batches; what differs is the source, anything with `len` and `[]`, and the function
-that makes messages of its items. The order is a matter of the seed alone. Iterators are grain's: `get_state` and `set_state`
-continue exactly, in the middle of a pass and of a half-filled row.
+Every stage of training feeds the same batches; what differs is the source, anything with `len` and `[]`, and the
+function that makes messages of its items. The order is a matter of the seed alone. Iterators are grain's: `get_state`
+and `set_state` continue exactly, in the middle of a pass and of a half-filled row.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,9 +64,9 @@ def batches(
 
 
 def tidy(batch: dict[str, np.ndarray]) -> Batch:
-    """Returns a packed batch under the model's names, with the tiles of all rows in a line and unused slots at its end.
+    """Returns a packed batch under the model's names; the tiles of all rows stand in a line, unused slots at its end.
 
-    The model gives the k-th `<|patch|>` of the flattened batch the k-th feature row, so no slot may lie empty in between.
+    The model gives the k-th `<|patch|>` of the flattened batch the k-th feature row: no slot in between may be empty.
     """
     used = batch["tiles_segment_ids"] > 0
     tiles = batch["tiles"]

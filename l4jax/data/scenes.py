@@ -1,9 +1,9 @@
-"""Scenes: one to four handwritten digits on a canvas of one or several tiles, as a TFDS dataset, and questions about them.
+"""Scenes: one to four handwritten digits on a canvas of one or several tiles, as a TFDS data set, and questions.
 
-The dataset is built and read on this machine without TensorFlow: `array_record` files, PIL pictures. A scene of one digit
-fills one tile, two digits lie beside or below each other, three and four share two by two cells (three leave one of the
-cells empty that is not the top left one). The model sees each tile by itself plus one squashed picture of the whole, so it must
-find out which digit lies where.
+The data set is built and read on this machine without TensorFlow: `array_record` files, PIL pictures. A scene of one
+digit fills one tile, two digits lie beside or below each other, three and four share two by two cells (three leave one
+cell empty, never the top left one). The model sees each tile by itself and one squashed picture of the whole, so it has
+to find out which digit lies where.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from PIL import Image
 from l4jax.data.digits import Digits, Variation, draw_digit, load_digits
 
 GRIDS = {1: ((1, 1),), 2: ((1, 2), (2, 1)), 3: ((2, 2),), 4: ((2, 2),)}  # (rows, columns) by number of digits
+MAX_TILES = 5  # of a scene, the view of the whole included
+MAX_ANSWER = 24  # bytes of the longest answer, with its end: "9 +9=18 +9=27 +9=36"
 QUESTIONS = ("what is written?", "what is top left?", "what is the sum?")
 
 
@@ -118,7 +120,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class SceneSource:
-    """Random access to the scenes of one split: `source[i]` is `(picture, digits)`. Pickles small, for worker processes."""
+    """The scenes of one split by index: `source[i]` is `(picture, digits)`. Pickles small, for worker processes."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         # The picture stays as PNG bytes here: TFDS would open it with OpenCV, or warn that there is none.
@@ -134,7 +136,7 @@ class SceneSource:
 
 
 def build_scenes(directory: Path, *, splits: dict[str, Split], tile_size: int, seed: int) -> tfds.core.DatasetBuilder:
-    """Builds the scenes in a folder of their own below `directory`, unless they are there already, and returns the TFDS builder.
+    """Returns the TFDS builder of scenes, built in a folder of their own below `directory` unless they are there.
 
     Args:
       directory: Where TFDS keeps data sets.

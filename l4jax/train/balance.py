@@ -1,7 +1,8 @@
 """Load balance without an auxiliary loss: a bias on the router's choice that follows the load.
 
-Meta published no method. This is the one of DeepSeek-V3 (arXiv 2408.15664), as torchtitan has it: an expert with less than its share of the
-tokens is preferred a little more in the next step. The bias moves the choice alone, never the score, so no gradient flows through it.
+Meta published no method. This is the one of DeepSeek-V3 (arXiv 2408.15664), as torchtitan has it: an expert with less
+than its share of the tokens is preferred a little more in the next step. The bias moves the choice alone, never the
+score, so no gradient flows through it.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """What a training run is: frozen dataclasses, filled from a YAML file and `key.sub=value` words of the command line.
 
-The command line comes before the file, the file before the defaults here. An unknown key stops the program and names the nearest
-known one.
+The command line comes before the file, the file before the defaults here. An unknown key stops the program and names
+the nearest known one.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class DataConfig:
     row_tiles: int
     """Tiles that the conversations of one row may have together."""
     warm_up_scenes: int = 0
-    """Scenes of one digit, seen before all others; they shorten the plateau before reading begins."""
+    """Scenes seen before all others, mostly of one digit and hardly bent; they shorten the plateau before reading."""
     train_part: str = "train"
     """Digits to train on: `train`, or `fit` while settings are being chosen."""
     eval_part: str = "held_out"

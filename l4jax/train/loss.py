@@ -28,7 +28,8 @@ def token_losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"
 def masked_mean(values_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> tuple[Array, Array]:
     """Returns the mean over the marked positions of the whole batch, and their number (float32).
 
-    The mean is over tokens, never over rows or devices: a row with few answers weighs little. Without any marked position the mean is 0.
+    The mean is over tokens, never over rows or devices: a row with few answers weighs little. With no marked position
+    it is 0.
     """
     count = mask_BT.sum(dtype=jnp.float32)
     return jnp.where(mask_BT, values_BT, 0.0).sum() / jnp.maximum(count, 1.0), count

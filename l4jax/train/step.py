@@ -47,7 +47,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         router_bias = update_router_bias(state.router_bias, metrics["router_load"], config.router_bias_rate)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, opt_state, state.step + 1, router_bias), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -18,7 +18,7 @@ def test_parts_share_no_picture():
 
 
 def test_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="no part 'test'.*held_out"):
+    with pytest.raises(ValueError, match=r"no part 'test'.*held_out"):
         load_digits("test")
 
 

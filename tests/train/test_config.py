@@ -57,10 +57,10 @@ def test_missing_keys_are_named_together(tmp_path):
 def test_files_that_are_no_settings_are_refused(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)
-    with pytest.raises(ValueError, match="run.yaml"):
+    with pytest.raises(ValueError, match=r"run\.yaml"):
         load_run_config(path)
 
 
 def test_absent_file_is_named():
-    with pytest.raises(FileNotFoundError, match="no config at nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no config at nowhere\.yaml"):
         load_run_config("nowhere.yaml")

@@ -1,0 +1,58 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from l4jax.config import Llama4Config
+from l4jax.model.llama4 import Llama4
+from l4jax.processing.chat import Processor
+from l4jax.processing.tokenizer import ByteTokenizer
+from l4jax.train.config import load_run_config
+from l4jax.train.evaluate import BatchAnswerer
+
+TINY = ["model.text_config.hidden_size=64", "model.vision_config.num_hidden_layers=1"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama4:
+    config: Llama4Config = load_run_config("configs/demo.yaml", TINY).model
+    return Llama4(config, rngs=nnx.Rngs(3))
+
+
+def question(size: tuple[int, int], text: str) -> list[dict]:
+    pixels = np.random.default_rng(size[0]).integers(0, 255, size[::-1], dtype=np.uint8)
+    content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def likeliest(model: Llama4, processor: Processor, prompt: list[dict], count: int) -> str:
+    """The same answer by whole forward passes over one growing row."""
+    encoded = processor.encode(prompt)
+    ids = encoded.ids.tolist()
+    for _ in range(count):
+        logits, _ = model(jnp.array([ids]), tiles=jnp.asarray(encoded.tiles))
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] in processor.tokenizer.stop_ids:
+            return processor.decode(ids[len(encoded.ids) : -1])
+    return processor.decode(ids[len(encoded.ids) :])
+
+
+def test_batched_answers_equal_single_ones(model):
+    processor = Processor(ByteTokenizer(), model.config.vision_config)
+    prompts = [question((28, 28), "a?"), question((56, 28), "what is it?"), question((56, 56), "and this?")]
+    graphdef, params = nnx.split(model)
+    answerer = BatchAnswerer(
+        graphdef, nnx.to_pure_dict(params), processor, batch_size=2, prompt_tokens=80, prompt_tiles=5, new_tokens=4
+    )
+    assert answerer.answer(prompts) == [likeliest(model, processor, prompt, 4) for prompt in prompts]
+
+
+def test_prompts_that_do_not_fit_are_refused(model):
+    processor = Processor(ByteTokenizer(), model.config.vision_config)
+    graphdef, params = nnx.split(model)
+    limits = {"batch_size": 1, "prompt_tokens": 60, "new_tokens": 4}
+    with pytest.raises(ValueError, match="the limit is 60"):
+        BatchAnswerer(graphdef, params, processor, prompt_tiles=5, **limits).answer([question((56, 56), "a?")])
+    with pytest.raises(ValueError, match="3 tiles for 1 prompts, room for 2 each"):
+        BatchAnswerer(graphdef, params, processor, prompt_tiles=2, **limits).answer([question((56, 28), "a?")])

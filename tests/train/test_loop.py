@@ -1,0 +1,144 @@
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+
+from l4jax.train import loop
+from l4jax.train.config import load_run_config
+from l4jax.train.data import RunData
+from l4jax.train.metrics import read_metrics
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+TINY = [
+    *(
+        "steps=8",
+        "log_every=2",
+        "save_every=100",
+        "data.train_scenes=24",
+        "data.eval_scenes=4",
+        "data.warm_up_scenes=6",
+    ),
+    *(
+        "data.rows=2",
+        "optimizer.warmup_steps=2",
+        "model.text_config.hidden_size=64",
+        "model.text_config.num_hidden_layers=2",
+    ),
+    *("model.text_config.no_rope_layers=[1,0]", "model.text_config.num_local_experts=2"),
+    *("model.vision_config.num_hidden_layers=1", "model.vision_config.hidden_size=48"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Every run compiles the same step; the runs here share one."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    config = load_run_config(DEMO, TINY)
+    return config, RunData(config, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run without interruption: its directory and its result."""
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, run(data, directory)
+
+
+def run(data, directory, *, config=None, **options):
+    return loop.train(config or data[0], data[1].training_batches(), directory, console=Console(quiet=True), **options)
+
+
+def stop_at(monkeypatch, step: int, number: signal.Signals) -> None:
+    """Sends this process a signal while step `step` runs."""
+    make = loop.make_train_step
+
+    def make_and_count(*args):
+        train_step, taken = make(*args), iter(range(1, 10**6))
+
+        def counted(*inputs):
+            if next(taken) == step:
+                os.kill(os.getpid(), number)
+            return train_step(*inputs)
+
+        return counted
+
+    monkeypatch.setattr(loop, "make_train_step", make_and_count)
+
+
+def assert_same_state(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_for_bit(data, whole, tmp_path, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, number)
+        stopped = run(data, tmp_path)
+    assert (stopped.steps, stopped.interrupted_by) == (3, number)
+
+    finished = run(data, tmp_path, resume="must")
+    assert (finished.steps, finished.interrupted_by) == (8, None)
+    assert_same_state(finished, whole[1])
+    losses = [[line["loss"] for line in read_metrics(path / "metrics.jsonl")] for path in (whole[0], tmp_path)]
+    assert losses[0][-2:] == losses[1][-2:]
+
+
+def test_the_end_of_a_run_is_not_trained_again(data, whole):
+    directory, first = whole
+    again = run(data, directory)
+    assert again.steps == 8
+    assert_same_state(again, first)
+    assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [2, 4, 6, 8]
+
+
+def test_never_starts_anew(data, whole, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(whole[0], directory)
+    again = run(data, directory, resume="never")
+    assert_same_state(again, whole[1])
+    assert [line["step"] for line in read_metrics(directory / "metrics.jsonl")] == [2, 4, 6, 8]
+
+
+def test_other_settings_in_the_same_directory_are_refused(data, whole):
+    other = load_run_config(DEMO, [*TINY, "optimizer.learning_rate=0.5"])
+    with pytest.raises(ValueError, match=r"other settings \(optimizer.learning_rate: 0.0015 there, 0.5 here\)"):
+        run(data, whole[0], config=other)
+
+
+def test_must_needs_a_checkpoint(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        run(data, tmp_path, resume="must")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
+    wild = load_run_config(DEMO, [*TINY, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"])
+    with pytest.raises(ValueError, match=r"loss is nan near step .*optimizer.learning_rate"):
+        run(data, tmp_path, config=wild)
+
+
+def test_loss_falls_and_every_expert_load_is_counted(data, whole):
+    config, _ = data
+    lines = read_metrics(whole[0] / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    tokens = 2 * config.data.rows * config.data.row_tokens  # two steps a line; padding is routed too
+    assert [sum(layer) for layer in lines[0]["router_load"]] == [tokens, tokens]
