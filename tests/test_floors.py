@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ("pallas_kernels",),
     ("l4jax.ops",),
-    ("l4jax.model", "l4jax.quant"),
+    ("l4jax.model",),
     ("l4jax.checkpoint", "l4jax.data", "l4jax.processing"),
-    ("l4jax.train", "l4jax.inference", "l4jax.evals", "l4jax.safety", "l4jax.plan"),
+    ("l4jax.train", "l4jax.inference", "l4jax.report"),
     ("l4jax.demo", "l4jax.doctor", "l4jax.cli", "l4jax.__main__", "l4jax.__init__"),
 ]
 EVERYWHERE = ("l4jax.config", "l4jax.sharding", "l4jax.__version__")
@@ -26,6 +26,7 @@ def floor_of(module: str) -> int | None:
     """The floor that a module lives on; None for what every floor may use."""
     if re.match("|".join(map(re.escape, EVERYWHERE)), module):
         return None
+    module = "l4jax.__init__" if module == "l4jax" else module
     rooms = {room: floor for floor, names in enumerate(FLOORS) for room in names}
     room = next((room for room in rooms if module == room or module.startswith(room + ".")), None)
     assert room, f"{module} is on no floor; add it to FLOORS"
