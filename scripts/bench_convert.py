@@ -138,7 +138,7 @@ def main() -> None:
             print(f"{'plain copy':<24} {copied:8.1f} s {size / 1e9 / copied:8.2f} GB/s", flush=True)
             shutil.rmtree(work / "copy")
 
-            verb = [sys.executable, "-m", "l4jax.checkpoint.convert"]
+            verb = [sys.executable, "-m", "l4jax", "convert"]
             ours, peak = measure("convert to l4jax", size, [*verb, str(work / "source"), str(work / "l4jax")])
             back, _ = measure("convert to hf", size, [*verb, str(work / "l4jax"), str(work / "hf"), "--to", "hf"])
             print(f"of the copy's rate: {copied / ours:.2f} to l4jax, {copied / back:.2f} to hf", flush=True)

@@ -10,6 +10,7 @@ import math
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,12 @@ def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", d
     with Journal(partial, job) as journal:
         known = (_write_l4jax if to == "l4jax" else _write_hf)(opened, partial, wanted, journal)
     store.copy_companions(opened.directory, partial)
-    facts = {"converted_from": opened.kind, "dtype": dtype or "as in the source", "written": time.strftime("%Y-%m-%d")}
+    facts = {
+        "converted_from": opened.kind,
+        "dtype": dtype or "as in the source",
+        "left_out": opened.ignored,
+        "written": time.strftime("%Y-%m-%d"),
+    }
     store.write_manifest(partial, facts, known)
     store.finish(partial, destination)
     (destination / JOURNAL).unlink()
@@ -250,10 +256,7 @@ def run(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     seconds = time.monotonic() - started
     print(f"{destination}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), every file hashed")
+    for reason, count in Counter(store.read_manifest(destination)["left_out"].values()).items():
+        print(f"left out {count} tensors: {reason}")
+    print(f"compare every bit with `l4jax inspect {destination} --diff {args.source}`")
     return 0
-
-
-if __name__ == "__main__":
-    command = argparse.ArgumentParser(description=__doc__)
-    add_arguments(command)
-    raise SystemExit(run(command.parse_args()))

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from l4jax.checkpoint import names
 from l4jax.config import PRESETS, preset
+from l4jax.model.llama4 import Llama4
 
 PUBLISHED = {"scout": 108_641_793_536, "maverick": 401_583_781_376, "guard-4": 12_001_097_216}
 
@@ -54,3 +56,19 @@ def test_patterns_return_to_the_tensor_and_copy_nothing():
 def test_an_unknown_path_is_refused_by_name():
     with pytest.raises(KeyError, match=r"layers\.tail\.99"):
         names.places(preset("small-scout"), ["layers.tail.99.norm.scale"])
+
+
+@pytest.mark.parametrize(
+    ("name", "scan_layers"),
+    [*((name, True) for name in PUBLISHED), ("small-scout", False), ("small-maverick", False), ("small-guard", False)],
+)
+def test_the_table_is_the_model(name, scan_layers):
+    """Paths and shapes equal those of the abstract model, without allocating it."""
+    config = preset(name)
+    model = nnx.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0), scan_layers=scan_layers))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    found = {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in flat}
+    if scan_layers:
+        assert found == names.parameter_shapes(config)
+    else:
+        assert found == {names.unrolled_path(path): shape for path, shape in names.layer_shapes(config).items()}

@@ -156,3 +156,35 @@ def test_fp8_experts_are_dequantised_with_their_own_scales(tmp_path, scheme):
             array = source.arrays[f"{place}.feed_forward.experts.{name}"]
             got = array.read(everything(array.shape))[0]
             np.testing.assert_array_equal(got.astype(np.float32), tensor.float().numpy())
+
+
+@pytest.mark.oracle
+def test_metas_fp8_experts_are_dequantised_rank_by_rank(tmp_path):
+    import torch
+
+    config = oracles.wide_heads(preset("small-maverick"))
+    directory = oracles.write_meta(oracles.hf_model(config), config, tmp_path / "meta", 2)
+    experts, expected = config.text_config.num_local_experts, {}
+    for rank in range(2):
+        path, scales = directory / f"consolidated.{rank:02d}.pth", {}
+        content = torch.load(path, weights_only=False)
+        for layer in (1, 3, 5):  # the last layer stays as it was, as in the released files
+            prefix = f"layers.{layer}.feed_forward.experts."
+            for name, alias in (("moe_w_in_eD_F", "w1"), ("moe_w_swiglu_eD_F", "w3"), ("moe_w_out_eF_D", "w2")):
+                weight = content[prefix + name].float().unflatten(0, (experts, -1))
+                scale = weight.abs().amax(dim=1) / 448
+                values = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+                content[prefix + name], scales[prefix + alias] = values.flatten(0, 1), scale
+                product = (values.float() * scale[:, None]).to(torch.bfloat16).float().numpy()
+                expected.setdefault((layer, alias), []).append(product)
+        torch.save(content, path)
+        torch.save(scales, directory / f"fp8_scales_{rank}.pt")
+    source = open_meta(directory, config)
+    for layer in (1, 3, 5):
+        for name, alias, axis in (("gate_proj", "w1", 2), ("up_proj", "w3", 2), ("down_proj", "w2", 1)):
+            array = source.arrays[f"layers.cycle.{layer % 4}.feed_forward.experts.{name}"]
+            got = array.read(everything(array.shape))[layer // 4].astype(np.float32)
+            np.testing.assert_array_equal(got, np.concatenate(expected[layer, alias], axis))
+    (directory / "fp8_scales_1.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="fp8_scales"):
+        open_meta(directory, config)
