@@ -18,7 +18,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from l4jax.checkpoint import names, store
+from l4jax.checkpoint import manifest, names, store, zarr
 from l4jax.checkpoint.lazy import Index, LazyArray, Picked, boxes, concatenate, contiguous
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.pieces import JOURNAL, WORKERS, Journal, Piece, check_space, progress, work
@@ -53,7 +53,7 @@ def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", d
     present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     check_space(parent, int(needed * 1.001) + (16 << 20) - present)
 
-    job = {"source": _fingerprint(opened), "to": to, "dtype": dtype, "format": store.FORMAT}
+    job = {"source": _fingerprint(opened), "to": to, "dtype": dtype, "format": manifest.FORMAT}
     with Journal(partial, job) as journal:
         known = (_write_l4jax if to == "l4jax" else _write_hf)(opened, partial, wanted, journal)
     store.copy_companions(opened.directory, partial)
@@ -63,7 +63,7 @@ def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", d
         "left_out": opened.ignored,
         "written": time.strftime("%Y-%m-%d"),
     }
-    store.write_manifest(partial, facts, known)
+    manifest.write_manifest(partial, facts, known)
     store.finish(partial, destination)
     (destination / JOURNAL).unlink()
     return destination
@@ -85,25 +85,25 @@ def _write_l4jax(source: Source, directory: Path, dtype: np.dtype | None, journa
     pieces = []
     for path, array in source.arrays.items():
         kind = dtype or array.dtype
-        shape = store.source_friendly_piece(path, array.shape, kind.itemsize)
-        target = store.create_array(params, path, array.shape, kind, shape)
+        shape = zarr.source_friendly_piece(path, array.shape, kind.itemsize)
+        target = zarr.create_array(params, path, array.shape, kind, shape)
         for box in boxes(array.shape, shape):
-            file = store.piece_file(params, path, shape, box)
+            file = zarr.piece_file(params, path, shape, box)
 
             def write(array=array, target=target, box=box, file=file) -> str:
-                store.write_box(target, box, array.read(box))
+                zarr.write_box(target, box, array.read(box))
                 source.release()
-                return store.sha256(file)
+                return manifest.sha256(file)
 
             def checksum(file=file) -> str | None:
-                return store.sha256(file) if file.is_file() else None
+                return manifest.sha256(file) if file.is_file() else None
 
             size = math.prod(part.stop - part.start for part in box) * kind.itemsize
             order = (path.rpartition("experts.")[0] or path, [part.start for part in box], path)
             pieces.append((order, Piece(file.relative_to(directory).as_posix(), size, write, checksum)))
     # Gate and up lie side by side in the source, so they are read one after the other.
     work([piece for _, piece in sorted(pieces, key=lambda item: item[0])], journal, "converting")
-    store.write_orbax_metadata(params, source.arrays)
+    zarr.write_orbax_metadata(params, source.arrays)
     (directory / "config.json").write_text(json.dumps(source.config.to_hf(), indent=2) + "\n")
     return journal.done
 
@@ -180,7 +180,7 @@ def group_in_files(infos: Mapping[str, tuple]) -> dict[str, list[str]]:
 def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, start: int) -> Iterator[Piece]:
     """Yields the pieces of one tensor: runs of its bytes, each made of one box of each parameter in it."""
     dtype, _, spread = info
-    piece = store.piece_shape(spread, dtype.itemsize)
+    piece = zarr.piece_shape(spread, dtype.itemsize)
     for box in boxes(spread, piece):
         first = int(np.ravel_multi_index([part.start for part in box], spread))
         size = math.prod(part.stop - part.start for part in box) * dtype.itemsize
@@ -234,7 +234,7 @@ def _hash(directory: Path, files: list[str]) -> dict[str, str]:
         ThreadPoolExecutor(WORKERS) as pool,
     ):
         found = {}
-        for file, digest in zip(files, pool.map(lambda file: store.sha256(directory / file), files), strict=True):
+        for file, digest in zip(files, pool.map(lambda file: manifest.sha256(directory / file), files), strict=True):
             found[file] = digest
             advance((directory / file).stat().st_size)
     return found
@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     seconds = time.monotonic() - started
     print(f"{destination}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), every file hashed")
-    for reason, count in Counter(store.read_manifest(destination)["left_out"].values()).items():
+    for reason, count in Counter(manifest.read_manifest(destination)["left_out"].values()).items():
         print(f"left out {count} tensors: {reason}")
     print(f"compare every bit with `l4jax inspect {destination} --diff {args.source}`")
     return 0

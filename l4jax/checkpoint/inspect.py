@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l4jax.checkpoint import store
+from l4jax.checkpoint import manifest, store, zarr
 from l4jax.checkpoint.lazy import Index, LazyArray, bits_dtype, boxes
 from l4jax.checkpoint.names import layer_shapes
 from l4jax.checkpoint.opening import open_checkpoint
@@ -74,7 +74,7 @@ def entries_of_orbax(directory: Path) -> list[Entry]:
         name = ".".join(str(part["key"]) for part in entry["key_metadata"])
         if entry["value_metadata"].get("skip_deserialize"):
             continue
-        array = store.open_orbax_array(directory, name, metadata)
+        array = zarr.open_orbax_array(directory, name, metadata)
         entries.append(Entry(name, tuple(array.shape), array.dtype))
     return entries
 
@@ -92,7 +92,7 @@ def summary(path: Path) -> dict:
     try:
         source = open_checkpoint(path)
     except FileNotFoundError:
-        if path.is_dir() and (directory := orbax_directory(path)) and not (path / store.MANIFEST).is_file():
+        if path.is_dir() and (directory := orbax_directory(path)) and not (path / manifest.MANIFEST).is_file():
             return {"path": str(directory), "kind": "Orbax", **_totals(entries_of_orbax(directory))}
         raise
     return {
@@ -169,14 +169,14 @@ def describe(config: Llama4Config) -> dict[str, str]:
 
 def sealed_directories(path: Path) -> list[Path]:
     """Returns the directories with a manifest: the checkpoint itself, or the steps of a training run."""
-    if (path / store.MANIFEST).is_file():
+    if (path / manifest.MANIFEST).is_file():
         return [path]
-    return sorted(manifest.parent for manifest in path.glob(f"*/{store.MANIFEST}"))
+    return sorted(file.parent for file in path.glob(f"*/{manifest.MANIFEST}"))
 
 
 def verify_files(directory: Path) -> list[str]:
     """Compares every file with the manifest; returns one line for each that differs, is missing or is not listed."""
-    files = store.read_manifest(directory)["files"]
+    files = manifest.read_manifest(directory)["files"]
 
     def check(name: str) -> str | None:
         path = directory / name
@@ -184,14 +184,14 @@ def verify_files(directory: Path) -> list[str]:
             return f"{name} is missing"
         if (size := path.stat().st_size) != files[name]["size"]:
             return f"{name} has {size} bytes, expected {files[name]['size']}"
-        return None if store.sha256(path) == files[name]["sha256"] else f"{name} was changed: its sha256 differs"
+        return None if manifest.sha256(path) == files[name]["sha256"] else f"{name} was changed: its sha256 differs"
 
     problems = []
     with progress("hashing", sum(f["size"] for f in files.values())) as advance, ThreadPoolExecutor(WORKERS) as pool:
         for name, problem in zip(files, pool.map(check, files), strict=True):
             advance(files[name]["size"])
             problems += [problem] if problem else []
-    problems += [f"{name} is not in the manifest" for name in store.content_files(directory) if name not in files]
+    problems += [f"{name} is not in the manifest" for name in manifest.content_files(directory) if name not in files]
     return problems
 
 
@@ -270,7 +270,7 @@ def _walk(
     todo = [
         (path, box)
         for path, array in arrays.items()
-        for box in boxes(array.shape, store.source_friendly_piece(path, array.shape, array.dtype.itemsize))
+        for box in boxes(array.shape, zarr.source_friendly_piece(path, array.shape, array.dtype.itemsize))
     ]
     total = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays.values())
     with progress(title, total) as advance, ThreadPoolExecutor(WORKERS) as pool:

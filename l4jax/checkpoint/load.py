@@ -13,7 +13,7 @@ from l4jax.checkpoint import names
 from l4jax.checkpoint.lazy import Index, LazyArray, Picked, bits_dtype, boxes
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.source import Source
-from l4jax.checkpoint.store import Stored, source_friendly_piece
+from l4jax.checkpoint.zarr import Stored, source_friendly_piece
 from l4jax.config import Llama4Config
 
 

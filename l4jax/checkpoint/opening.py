@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from l4jax.checkpoint.hf import INDEX, open_hf
+from l4jax.checkpoint.manifest import MANIFEST
 from l4jax.checkpoint.meta import open_meta
 from l4jax.checkpoint.source import Source
-from l4jax.checkpoint.store import MANIFEST, open_store
+from l4jax.checkpoint.store import open_store
 
 
 def open_checkpoint(directory: str | Path) -> Source:

@@ -16,7 +16,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from l4jax.checkpoint.store import MANIFEST, check_sizes, read_manifest, write_manifest
+from l4jax.checkpoint.manifest import MANIFEST, check_sizes, read_manifest, write_manifest
 
 
 class TrainStore:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from l4jax.checkpoint import convert, names, pieces, store
+from l4jax.checkpoint import convert, manifest, names, pieces, store, zarr
 from l4jax.checkpoint.hf import open_hf
 from l4jax.checkpoint.lazy import everything
 from l4jax.checkpoint.opening import open_checkpoint
@@ -31,8 +31,8 @@ def tensors(directory) -> dict[str, tuple]:
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Tiny models in many pieces and shards, as large ones are."""
-    monkeypatch.setattr(store, "PIECE_BYTES", 32768)
-    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(zarr, "PIECE_BYTES", 32768)
+    monkeypatch.setattr(zarr, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(convert, "SHARD_BYTES", 200_000)
 
 
@@ -114,14 +114,14 @@ def test_tokenizer_licence_and_notice_travel(tmp_path, nine_layers):
     travelling = {"tokenizer.model", "generation_config.json", "LICENSE.txt", "USE_POLICY.md", "NOTICE"}
     assert travelling <= {path.name for path in hf.iterdir()}
     assert (hf / "NOTICE").read_text() == store.NOTICE
-    assert travelling <= set(store.read_manifest(hf)["files"])
+    assert travelling <= set(manifest.read_manifest(hf)["files"])
 
 
 def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, nine_layers, monkeypatch):
     first = store.save(tmp_path / "first", random_parameters(nine_layers), nine_layers)
     hf = convert.convert(first, tmp_path / "hf", to="hf")
-    whole = store.read_manifest(convert.convert(hf, tmp_path / "whole"))
-    written, real = [], store.write_box
+    whole = manifest.read_manifest(convert.convert(hf, tmp_path / "whole"))
+    written, real = [], zarr.write_box
 
     def failing(target, box, values):
         if len(written) == 20:
@@ -129,12 +129,12 @@ def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, nine_layers, m
         written.append(box)
         real(target, box, values)
 
-    monkeypatch.setattr(store, "write_box", failing)
+    monkeypatch.setattr(zarr, "write_box", failing)
     with pytest.raises(KeyboardInterrupt):
         convert.convert(hf, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    monkeypatch.setattr(store, "write_box", lambda *args: (written.append(args[1]), real(*args))[1])
-    again = store.read_manifest(convert.convert(hf, tmp_path / "again"))
+    monkeypatch.setattr(zarr, "write_box", lambda *args: (written.append(args[1]), real(*args))[1])
+    again = manifest.read_manifest(convert.convert(hf, tmp_path / "again"))
     assert again["files"] == whole["files"]
     total = sum(name.count("/c/") for name in whole["files"])
     assert total <= len(written) <= total + pieces.WORKERS

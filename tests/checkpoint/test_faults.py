@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4jax.checkpoint import convert, pieces, store
+from l4jax.checkpoint import convert, manifest, pieces, store, zarr
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.pth import read_pth
 from l4jax.checkpoint.safetensors import encode_header, read_header
@@ -253,9 +253,9 @@ def test_a_read_only_disk_is_named(hf, tiny_disk):
 
 KILLS = """
 import os, random, signal, sys, time
-from l4jax.checkpoint import convert, store
+from l4jax.checkpoint import convert, zarr
 source, folder, to = sys.argv[1:]
-store.PIECE_BYTES, store.CHUNK_BYTES = 8192, 2048
+zarr.PIECE_BYTES, zarr.CHUNK_BYTES = 8192, 2048
 def start(name):
     child = os.fork()
     if not child:
@@ -284,15 +284,15 @@ def test_killed_at_twenty_moments_the_same_command_gives_the_same_result(hf, tmp
     results.mkdir()
     done = subprocess.run([sys.executable, "-c", KILLS, hf, results, to], check=True, capture_output=True, text=True)
     assert int(done.stdout) >= 10
-    expected = store.read_manifest(results / "undisturbed")["files"]
+    expected = manifest.read_manifest(results / "undisturbed")["files"]
     for i in range(20):
-        assert store.read_manifest(results / f"killed-{i}")["files"] == expected
+        assert manifest.read_manifest(results / f"killed-{i}")["files"] == expected
 
 
 def test_pieces_that_the_disk_lost_are_written_again(hf, tmp_path, monkeypatch):
     """The machine died after the journal was written and before the data was."""
-    expected = store.read_manifest(convert.convert(hf, tmp_path / "expected"))
-    monkeypatch.setattr(store, "write_orbax_metadata", lambda *_: 1 / 0)
+    expected = manifest.read_manifest(convert.convert(hf, tmp_path / "expected"))
+    monkeypatch.setattr(zarr, "write_orbax_metadata", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.convert(hf, tmp_path / "result")
     monkeypatch.undo()
@@ -302,4 +302,4 @@ def test_pieces_that_the_disk_lost_are_written_again(hf, tmp_path, monkeypatch):
             file.write_bytes(b"")
     journal = tmp_path / "result.partial" / pieces.JOURNAL
     journal.write_text(journal.read_text()[:-20])  # a torn last line
-    assert store.read_manifest(convert.convert(hf, tmp_path / "result"))["files"] == expected["files"]
+    assert manifest.read_manifest(convert.convert(hf, tmp_path / "result"))["files"] == expected["files"]

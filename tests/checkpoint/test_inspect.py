@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from l4jax.checkpoint import convert, inspect, store
+from l4jax.checkpoint import convert, inspect, manifest, store
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.train_store import TrainStore
 from l4jax.config import preset
@@ -67,7 +67,7 @@ def test_one_file_and_training_checkpoints_are_listed(checkpoint, tmp_path, caps
 
 def test_any_flipped_bit_is_found_and_named(checkpoint, capsys):
     rng = np.random.default_rng(0)
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != store.MANIFEST]
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != manifest.MANIFEST]
     assert report(capsys, checkpoint, "--verify")[0] == 0
     for path in rng.choice(files, 12, replace=False):
         data = bytearray(path.read_bytes())

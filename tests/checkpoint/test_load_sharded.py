@@ -6,7 +6,7 @@ import pytest
 import tensorstore as ts
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from l4jax.checkpoint import convert, load, store
+from l4jax.checkpoint import convert, lazy, load, store, zarr
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.config import preset
 from tests.checkpoint.conftest import random_parameters
@@ -58,16 +58,16 @@ def test_a_device_reads_about_its_share(tmp_path, path, shape):
     """On arrays large enough to have chunks: 32 MB, in chunks of at most 1 MiB."""
     size = (1, 4, 1024, 4096) if "experts" in path else (1024, 16384)
     values = np.random.default_rng(0).integers(0, 1 << 15, size).astype(np.uint16).view("bfloat16")
-    piece = store.source_friendly_piece(path, size, 2)
-    target = store.create_array(tmp_path, path, size, values.dtype, piece)
-    for box in store.boxes(size, piece):
-        store.write_box(target, box, values[box])
+    piece = zarr.source_friendly_piece(path, size, 2)
+    target = zarr.create_array(tmp_path, path, size, values.dtype, piece)
+    for box in lazy.boxes(size, piece):
+        zarr.write_box(target, box, values[box])
     leaf = sharded({path: values}, shape)[path]
     boxes = leaf.sharding.addressable_devices_indices_map(size).values()
     for box in list(boxes)[:3]:
         plain = tuple(slice(*part.indices(n)[:2]) for part, n in zip(box, size, strict=True))
         before = bytes_read()
-        part = store.open_array(tmp_path, path).read(plain)
+        part = zarr.open_array(tmp_path, path).read(plain)
         assert part.tobytes() == values[box].tobytes()
         assert 0.9 * part.nbytes < bytes_read() - before < 1.1 * part.nbytes + 10_000
 
@@ -76,13 +76,13 @@ def test_pictures_or_words_alone_read_only_their_files(checkpoint, monkeypatch):
     directory, params = checkpoint
     opened = open_checkpoint(directory)
     read = set()
-    real = store.Stored.read_into
+    real = zarr.Stored.read_into
 
     def noted(self, box, target):
         read.add(self.store.kvstore.path.rstrip("/").rpartition("/")[2])
         real(self, box, target)
 
-    monkeypatch.setattr(store.Stored, "read_into", noted)
+    monkeypatch.setattr(zarr.Stored, "read_into", noted)
     vision = {path for path in params if path.startswith(("vision_model.", "multi_modal_projector."))}
     for wanted in (vision, set(params) - vision):
         read.clear()

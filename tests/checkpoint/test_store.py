@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from l4jax.checkpoint import load, store
+from l4jax.checkpoint import load, store, zarr
 from l4jax.checkpoint.opening import open_checkpoint
 from tests.checkpoint.conftest import random_parameters
 
@@ -111,9 +111,23 @@ def test_parameters_of_another_model_are_refused(saved, tmp_path):
         store.save(tmp_path / "other", params, config)
 
 
-@pytest.mark.parametrize("shape", [(12, 16, 5120, 8192), (5120, 202048), (12, 5120, 40, 128), (48, 5120), (7,)])
+@pytest.mark.parametrize("shape", [(12, 16, 5120, 8192), (5120, 202048), (131071, 5120), (12, 5120, 40, 128), (7,)])
 def test_pieces_are_bounded_and_chunks_divide_them(shape):
-    piece = store.piece_shape(shape, 2)
-    chunk = store.chunk_shape(piece, 2)
-    assert np.prod(piece) * 2 <= store.PIECE_BYTES
+    piece = zarr.piece_shape(shape, 2)
+    chunk = zarr.chunk_shape(piece, 2)
+    assert np.prod(piece) * 2 <= zarr.PIECE_BYTES
+    assert np.prod(piece) == np.prod(shape) or np.prod(piece) * 2 > zarr.PIECE_BYTES / 4
+    assert np.prod(chunk) * 2 <= zarr.CHUNK_BYTES
     assert all(p % c == 0 for p, c in zip(piece, chunk, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0])
+def test_zeros_are_written_like_everything_else(tmp_path, nine_layers, value):
+    """Zarr would leave out what equals its fill value, and a lost file would then read as zeros."""
+    params = {path: np.full_like(array, value) for path, array in random_parameters(nine_layers).items()}
+    directory = store.save(tmp_path / "zeros", params, nine_layers)
+    assert_equal(load.load(directory, abstract(params)), params)
+    file = directory / "params" / "norm.scale" / "c" / "0"
+    file.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        open_checkpoint(directory)
