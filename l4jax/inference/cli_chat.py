@@ -15,6 +15,7 @@ from l4jax.inference.cli_common import (
     first_then_rest,
     load_model,
     sampling_options,
+    show,
 )
 from l4jax.inference.options import CHAT_TOKENS
 
@@ -119,7 +120,7 @@ class Chat:
         try:
             pieces = self.model.chat([*self.messages, message], stream=True, **self.options)
             for piece in first_then_rest(pieces, "reading"):
-                print(piece, end="", flush=True)
+                show(piece)
                 said += piece
         except KeyboardInterrupt:
             stopped = True

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,13 @@ def load_model(args: argparse.Namespace) -> "LoadedModel":
         from l4jax.inference.loaded import load
 
         return load(args.model, dtype=args.dtype, max_len=args.max_len)
+
+
+def show(text: str) -> None:
+    """Prints a piece of an answer at once; on a terminal without control characters, which could command it."""
+    if sys.stdout.isatty():
+        text = "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
+    print(text, end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from l4jax.inference.cli_common import (
     first_then_rest,
     load_model,
     sampling_options,
+    show,
     spinner,
 )
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report(answer, time.monotonic() - started)))
         return 0
     for piece in first_then_rest(ask(model, args, options | {"stream": True}), "reading the prompt"):
-        print(piece, end="", flush=True)
+        show(piece)
     print()
     return 0
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from jaxtyping import Float32, Int
 
 from l4jax.checkpoint import load as checkpoint
 from l4jax.checkpoint import store
+from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.source import Source
 from l4jax.config import PRESETS, Llama4Config, preset
 from l4jax.inference.engine import Engine
@@ -168,12 +168,10 @@ class LoadedModel:
         Raises:
             FileExistsError: `directory` holds something that is no l4jax checkpoint.
         """
-        with tempfile.TemporaryDirectory() as words:
-            if self._directory is not None:
-                store.copy_companions(self._directory, Path(words))
-            if self.tokenizer is not None:
-                self.tokenizer.save(words)
-            return store.save(directory, flat_params(self.model), self.config, companions=words)
+        saved = store.save(directory, flat_params(self.model), self.config, companions=self._directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save(saved)
+        return saved
 
     def _prompt(self, prompt: str | Ids, images: Sequence[ImageSource], tiles: np.ndarray | None) -> Prompt:
         if isinstance(prompt, str):
@@ -237,7 +235,7 @@ def open_model(model: str | os.PathLike) -> Source | Llama4Config:
         FileNotFoundError: there is neither.
     """
     if Path(model).is_dir():
-        return checkpoint.open_checkpoint(model)
+        return open_checkpoint(model)
     if str(model) in PRESETS:
         return preset(str(model))
     raise FileNotFoundError(f"no model {model}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
