@@ -5,12 +5,14 @@ Settings are chosen on a split inside the 1,500.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import ndimage
 
 NUM_TRAIN = 1500
+WOBBLE_POINTS = 5  # a side; neighbouring points of a cell move independently, what lies between them follows
 NUM_CHOOSING = 200  # the last of the training pictures, set aside while settings are chosen
 
 
@@ -33,9 +35,14 @@ class Variation:
     shear: float = 0.0  # horizontal shift per unit of height
     scale: float = 0.0  # relative change of size, for height and width apart
     shift: float = 0.0  # pixels of the canvas
+    wobble: float = 0.0  # pixels of the 8x8 picture by which each part of it may move on its own
+    weight: float = 0.0  # thinner or thicker strokes: grey levels to the power of exp(amount)
 
 
-TRAINING = Variation(rotation=14.0, shear=0.2, scale=0.15, shift=3.0)
+# Chosen by a support vector machine on 14x14 pixels, over three folds of the training pictures with six variations of
+# each: 0.971 with these, 0.961 with wider turns (14 degrees, shear 0.2) and neither wobble nor weight, 0.966 with small
+# shifts alone.
+TRAINING = Variation(rotation=10.0, shear=0.15, scale=0.1, shift=2.0, wobble=0.5, weight=0.4)
 WARM_UP = Variation(rotation=4.0, shear=0.06, scale=0.05, shift=1.0)
 HELD_OUT = Variation(shift=1.0)
 
@@ -75,10 +82,22 @@ def draw_digit(
     to_image = np.linalg.inv(to_canvas)  # ndimage asks where each canvas pixel comes from
     canvas_centre = (cell_size - 1) / 2 + shift
     offset = (image.shape[0] - 1) / 2 - to_image @ canvas_centre
+    canvas = np.moveaxis(np.indices((cell_size, cell_size)), 0, -1)
+    source = canvas @ to_image.T + offset
+    if variation.wobble:
+        moves = rng.uniform(-variation.wobble, variation.wobble, size=(2, WOBBLE_POINTS, WOBBLE_POINTS))
+        spread = _spread(cell_size)
+        source += np.einsum("ip,cpq,jq->ijc", spread, moves, spread)
     # "grid-constant" fades into the black around the picture; plain "constant" would cut its outer pixels in half.
-    return ndimage.affine_transform(
-        image, to_image, offset, output_shape=(cell_size, cell_size), order=1, mode="grid-constant"
-    )
+    drawn = ndimage.map_coordinates(image, np.moveaxis(source, -1, 0), order=1, mode="grid-constant")
+    return drawn ** np.exp(rng.uniform(-variation.weight, variation.weight))
+
+
+@functools.cache
+def _spread(cell_size: int) -> Float[np.ndarray, "cell_size p"]:
+    """Weights that interpolate linearly from `WOBBLE_POINTS` evenly spaced points to the pixels of a cell."""
+    at = np.linspace(0, WOBBLE_POINTS - 1, cell_size)[:, None]
+    return np.maximum(0, 1 - np.abs(at - np.arange(WOBBLE_POINTS)))
 
 
 def classical_accuracy() -> float:

@@ -100,7 +100,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Scenes as TFDS examples `image` (PNG, one channel) and `digits` (text)."""
 
     name = "digit_scenes"
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     code_path = Path(__file__)  # TFDS finds it through importlib_resources, which it does not install
 
     def __init__(self, *, splits: dict[str, Split], tile_size: int, seed: int, **kwargs):

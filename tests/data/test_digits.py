@@ -36,3 +36,25 @@ def test_bending_depends_on_the_generator_alone():
     other = draw_digit(image, 28, TRAINING, np.random.default_rng(8))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
+
+
+def test_wobble_moves_parts_and_not_the_whole():
+    image = load_digits("train").images[0]
+    still = draw_digit(image, 28, Variation(), np.random.default_rng(0))
+    wobbled = [draw_digit(image, 28, Variation(wobble=0.5), np.random.default_rng(seed)) for seed in range(200)]
+    assert all(np.abs(drawn - still).max() > 0.05 for drawn in wobbled)
+    np.testing.assert_allclose(np.mean(wobbled, axis=0), still, atol=0.2)
+
+
+def test_weight_thins_and_thickens_strokes():
+    image = load_digits("train").images[0]
+    still = draw_digit(image, 28, Variation(), np.random.default_rng(0)).sum()
+    sums = [draw_digit(image, 28, Variation(weight=0.4), np.random.default_rng(seed)).sum() for seed in range(20)]
+    assert min(sums) < 0.95 * still < 1.05 * still < max(sums)
+
+
+def test_every_variation_keeps_grey_levels_in_range():
+    for seed, image in enumerate(load_digits("train").images[:50]):
+        drawn = draw_digit(image, 28, TRAINING, np.random.default_rng(seed))
+        assert drawn.min() >= 0
+        assert drawn.max() <= 1
