@@ -8,7 +8,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import absl.flags
 import pytest
 from jaxtyping import install_import_hook
-from oracle import import_torchvision
+
+from tests.oracle import import_torchvision
 
 absl.flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
 install_import_hook(["l4jax.model", "pallas_kernels"], "beartype.beartype")

@@ -40,7 +40,7 @@ def test_report_is_complete_and_needs_nothing_else(run_dir):
         "support vector machine",
     ):
         assert text in page
-    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:)|url\(|@import""", page)
+    assert not re.search(r"""\b(?:src|href)\s*=\s*(?!["']?data:)|url\(|@import""", page)
     for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(drawing)
 

@@ -253,7 +253,7 @@ def test_a_read_only_disk_is_named(hf, tiny_disk):
 
 KILLS = """
 import os, random, signal, sys, time
-from l4jax.checkpoint import convert, zarr
+from l4jax.checkpoint import convert, pieces, zarr
 source, folder, to = sys.argv[1:]
 zarr.PIECE_BYTES, zarr.CHUNK_BYTES = 8192, 2048
 def start(name):
@@ -262,18 +262,29 @@ def start(name):
         convert.convert(source, f"{folder}/{name}", to=to)
         os._exit(0)
     return child
-began = time.monotonic()
-assert os.waitpid(start("undisturbed"), 0)[1] == 0
-duration, rng, killed = time.monotonic() - began, random.Random(0), 0
+def journal_bytes(name):
+    try:
+        return os.stat(f"{folder}/{name}.partial/{pieces.JOURNAL}").st_size
+    except FileNotFoundError:
+        return 0
+def runs(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+child, total = start("undisturbed"), 0
+while runs(child):
+    total = max(total, journal_bytes("undisturbed"))
+assert os.waitpid(child, 0)[1] == 0
+rng, killed = random.Random(0), 0
 for i in range(20):
-    child = start(f"killed-{i}")
-    time.sleep(rng.uniform(0, duration))
+    name, moment = f"killed-{i}", rng.uniform(0, total)
+    child = start(name)
+    # The moment is a share of the work, not of a duration: it comes on a fast machine as on a busy one.
+    while journal_bytes(name) < moment and runs(child):
+        pass
+    time.sleep(rng.uniform(0, 0.002))
     os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.path.exists(f"{folder}/killed-{i}"):
-        continue  # it was faster
-    killed += status == signal.SIGKILL
-    assert os.waitpid(start(f"killed-{i}"), 0)[1] == 0
+    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    if not os.path.exists(f"{folder}/{name}"):
+        assert os.waitpid(start(name), 0)[1] == 0
 print(killed)
 """
 
@@ -283,7 +294,7 @@ def test_killed_at_twenty_moments_the_same_command_gives_the_same_result(hf, tmp
     results = tmp_path / "results"
     results.mkdir()
     done = subprocess.run([sys.executable, "-c", KILLS, hf, results, to], check=True, capture_output=True, text=True)
-    assert int(done.stdout) >= 10
+    assert int(done.stdout) >= 15
     expected = manifest.read_manifest(results / "undisturbed")["files"]
     for i in range(20):
         assert manifest.read_manifest(results / f"killed-{i}")["files"] == expected

@@ -1,22 +1,18 @@
-"""Makes the conformance set with transformers: `python tests/conformance/make.py` (needs the oracle extra).
+"""Makes the conformance set with transformers: `python -m tests.conformance.make` (needs the oracle extra).
 
 Everything is derived from a seed; running it again gives the same files, up to round-off of another torch.
 """
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from l4jax.config import Llama4Config, RopeScaling, layer_pattern, preset
+from tests.oracle import hf_config, hf_logits, hf_model, import_torchvision
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from oracle import hf_config, hf_logits, hf_model, import_torchvision  # noqa: E402
-
-from l4jax.config import Llama4Config, RopeScaling, layer_pattern, preset  # noqa: E402
-
 CHUNK, FLOOR = 8, 12
 LENGTHS = (CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1, 3 * FLOOR + 4)
 PROMPT, ROW, SECOND = 11, 40, 19  # decoding starts after PROMPT tokens; padded and packed rows hold documents of these

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import load_l4jax
 
 from l4jax.config import load_config, preset
 from l4jax.model.rope import frequencies
+from tests.oracle import load_l4jax
 
 HERE = Path(__file__).parent
 TOLERANCE = 2e-5
@@ -23,6 +23,13 @@ both = pytest.mark.parametrize("name", ["scout", "maverick"])
 @cache
 def model(name):
     return load_l4jax(HERE / name, load_config(HERE / name))
+
+
+@cache
+def forward(name):
+    """Logits of ids, without a cache; compiled."""
+    loaded = model(name)
+    return jax.jit(lambda ids, **inputs: loaded(ids, **inputs)[0])
 
 
 @cache
@@ -38,15 +45,15 @@ def assert_close(actual, wanted):
 @pytest.mark.parametrize("length", [7, 8, 9, 17, 40])
 def test_prefill(name, length):
     case = f"prefill_{length}"
-    logits = jax.jit(lambda ids: model(name)(ids)[0])(expected(name)[f"{case}.ids"])
+    logits = forward(name)(expected(name)[f"{case}.ids"])
     assert_close(logits, expected(name)[f"{case}.logits"])
 
 
 @both
 def test_decode(name):
-    ids = expected(name)["decode.ids"]
-    step = jax.jit(lambda ids, cache: model(name)(ids, cache=cache))
-    logits, state = step(ids[:, :PROMPT], model(name).init_cache(1, ids.shape[1]))
+    ids, loaded = expected(name)["decode.ids"], model(name)
+    step = jax.jit(lambda ids, cache: loaded(ids, cache=cache))
+    logits, state = step(ids[:, :PROMPT], loaded.init_cache(1, ids.shape[1]))
     parts = [logits]
     for t in range(PROMPT, ids.shape[1]):
         logits, state = step(ids[:, t : t + 1], state)
@@ -67,8 +74,7 @@ def test_padded_and_packed_rows_equal_the_document_alone(name, layout):
         pads = [(0, longest - len(d)) if layout == "right" else (longest - len(d), 0) for d in documents]
         ids = np.stack([np.pad(d, pad) for d, pad in zip(documents, pads, strict=True)])
         segments = np.stack([np.pad(np.ones_like(d), pad) for d, pad in zip(documents, pads, strict=True)])
-    forward = jax.jit(lambda ids, segments: model(name)(ids, segment_ids=segments)[0])
-    logits = np.asarray(forward(ids, segments))
+    logits = np.asarray(forward(name)(ids, segment_ids=segments))
     for i in range(2):
         mine = logits[0][segments[0] == i + 1] if layout == "packed" else logits[i][segments[i] > 0]
         assert_close(mine, expected(name)[f"document_{i}.logits"][0])
@@ -96,8 +102,7 @@ def test_each_layer_sees_what_it_may(name):
 def test_pictures():
     arrays = expected("pictures")
     tiles = (arrays["pixels"] / 127.5 - 1).astype(np.float32)
-    logits = jax.jit(lambda ids, tiles: model("pictures")(ids, tiles=tiles)[0])(arrays["ids"], tiles)
-    assert_close(logits, arrays["logits"])
+    assert_close(forward("pictures")(arrays["ids"], tiles=tiles), arrays["logits"])
 
 
 @both

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracle import small_config
 
 from l4jax.model.cache import cached_positions
 from l4jax.model.llama4 import Llama4
+from tests.oracle import small_config
 
 CHUNK, LENGTH, PIECE = 8, 42, 24
 TOLERANCE = 1e-5

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from oracle import hf_logits, hf_model, load_l4jax, save_hf, small_config
 
 from l4jax.model.params import abstract_model
+from tests.oracle import hf_logits, hf_model, load_l4jax, save_hf, small_config
 
 LENGTH = 50  # chunks of 8, temperature floor of 4
 TOLERANCE = 2e-5  # float32 round-off of eight layers at logits of size 4; transformers itself is 5e-6 from float64

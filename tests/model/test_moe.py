@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracle import small_config
 
 from l4jax.model.moe import MixtureOfExperts
+from tests.oracle import small_config
 
 
 def layer(top_k: int) -> MixtureOfExperts:

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import hf_config
 
 from l4jax.config import preset
 from l4jax.model.rope import frequencies, rotate, text_angles, vision_angles
+from tests.oracle import hf_config
 
 
 def text_frequencies(name: str) -> np.ndarray:

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import hf_model, load_l4jax, save_hf, small_config
 
 from l4jax.model.vision import patchify, pixel_shuffle
+from tests.oracle import hf_model, load_l4jax, save_hf, small_config
 
 
 @pytest.fixture(scope="module")

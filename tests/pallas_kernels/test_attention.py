@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LIMITS, assert_close, normal, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from pallas_kernels import attention, merge_partial_attention
 from pallas_kernels.attention.xla import FULL, HIDDEN, _Labels, block_kinds, block_sizes
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.shapes import TEXT_SHAPES, VISION_SHAPES
+from tests.pallas_kernels.helpers import LIMITS, assert_close, normal, relative_error
 
 FAST = [name for name in implementations("attention") if name != "reference"]
 DTYPES = list(LIMITS)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LIMITS, assert_close, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, decode_attention
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.shapes import TEXT_SHAPES
+from tests.pallas_kernels.helpers import LIMITS, assert_close, normal
 
 FAST = [name for name in implementations("decode_attention") if name != "reference"]
 DTYPES = list(LIMITS)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LIMITS, assert_close, normal, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from pallas_kernels import grouped_matmul, grouped_swiglu
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.grouped_matmul.xla import block_counts, block_sizes
 from pallas_kernels.shapes import TEXT_SHAPES
+from tests.pallas_kernels.helpers import LIMITS, assert_close, normal, relative_error
 
 OPS = {"grouped_matmul": (grouped_matmul, 1), "grouped_swiglu": (grouped_swiglu, 2)}
 FAST = [name for name in implementations("grouped_matmul") if name != "reference"]
