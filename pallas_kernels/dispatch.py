@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,6 +25,22 @@ class Implementation(NamedTuple):
 
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
+
+
+class Target(NamedTuple):
+    """What a call is compiled for."""
+
+    platform: str
+    """"cpu", "gpu" or "tpu"."""
+    device_kind: str
+    """For example "TPU v6 lite"."""
+
+
+def target() -> Target:
+    """Returns the devices of the mesh that is set, which need not be here, else the machine's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Target(platform, device.device_kind)
 
 
 _registry: dict[str, dict[str, Implementation]] = {}

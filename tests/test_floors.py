@@ -12,7 +12,7 @@ FLOORS = [
     ("l4jax.ops",),
     ("l4jax.model",),
     ("l4jax.checkpoint", "l4jax.data", "l4jax.processing"),
-    ("l4jax.train", "l4jax.inference", "l4jax.report"),
+    ("l4jax.train", "l4jax.inference", "l4jax.report", "l4jax.topology"),
     ("l4jax.demo", "l4jax.doctor", "l4jax.cli", "l4jax.__main__", "l4jax.__init__"),
 ]
 EVERYWHERE = ("l4jax.config", "l4jax.sharding", "l4jax.__version__")
