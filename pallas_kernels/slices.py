@@ -26,3 +26,13 @@ def to_bits(array: Array) -> Array:
 def from_bits(array: Array, dtype: jnp.dtype) -> Array:
     """Returns the inverse of `to_bits`."""
     return lax.bitcast_convert_type(array, dtype) if array.dtype != dtype else array
+
+
+def own_zeros(shape: tuple[int, ...], dtype: jnp.dtype, owner: Array) -> Array:
+    """Returns zeros that no other loop starts from: XLA would make one such array and copy it for each of them.
+
+    Args:
+        owner: any array that only this loop reads; nothing is read from it.
+    """
+    zero, _ = lax.optimization_barrier((jnp.zeros((), dtype), owner))
+    return jnp.broadcast_to(zero, shape)

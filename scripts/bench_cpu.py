@@ -78,12 +78,16 @@ class L4jax:
     """The ops by way of `l4jax.load` and its engine, and of the training step of `l4jax train`."""
 
     def __init__(self, directory: str, dtype: str):
+        from l4jax.host import keep_freed_memory
+
+        keep_freed_memory()  # as the commands do
         import jax
 
         import l4jax
 
         self.jax, self.directory, self.dtype = jax, directory, dtype
         self.loaded = l4jax.load(directory, dtype=dtype)
+        self.config, self.mesh = self.loaded.config, self.loaded.mesh
         self.engines: dict[int, Any] = {}
         self.decoding: tuple[Any, Any] = (None, None)
         self.training = None
@@ -91,7 +95,7 @@ class L4jax:
     def _ids(self, batch: int, tokens: int):
         import numpy as np
 
-        vocab_size = self.loaded.config.text_config.vocab_size
+        vocab_size = self.config.text_config.vocab_size
         return np.random.default_rng(7).integers(0, vocab_size, (batch, tokens)).astype(np.int32)
 
     def _engine(self, max_len: int):
@@ -156,27 +160,27 @@ class L4jax:
 
     def _make_training(self):
         """Takes the weights over from the loaded model: training writes into them."""
-        import jax.numpy as jnp
         from flax import nnx
 
         from l4jax.train.config import DataConfig, OptimizerConfig, RunConfig
         from l4jax.train.optimizer import make_optimizer
-        from l4jax.train.state import TrainState
+        from l4jax.train.state import new_state, state_shardings
         from l4jax.train.step import make_train_step
 
-        config, steps = self.loaded.config, 1000
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup_steps=1), steps)
+        config, steps = self.config, 1000
+        settings = OptimizerConfig(learning_rate=1e-5, warmup_steps=1)
         data = DataConfig(train_scenes=0, eval_scenes=0, rows=1, row_tokens=1, row_tiles=0)
-        run = RunConfig(
-            model=config, data=data, optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=1), steps=steps
-        )
+        run = RunConfig(model=config, data=data, optimizer=settings, steps=steps)
+        optimizer = make_optimizer(settings, steps)
         graphdef, params = nnx.split(self.loaded.model)
-        params = nnx.to_pure_dict(params)
-        text = config.text_config
-        bias = jnp.zeros((len(text.moe_layers), text.num_local_experts))
-        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), bias)
+        self.loaded = None
+        shardings = state_shardings(config, optimizer, self.mesh)
+        start = self.jax.jit(
+            lambda params: new_state(config, optimizer, params), donate_argnums=0, out_shardings=shardings
+        )
+        state = start(nnx.to_pure_dict(params))
         self.engines, self.decoding = {}, (None, None)
-        return make_train_step(graphdef, optimizer, run), state
+        return make_train_step(graphdef, optimizer, run, shardings), state
 
 
 class HuggingFace:

@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 case " $* " in
-  *" --no-oracle "*) setup "[test,tpu]" ;;
-  *) setup "[test,oracle,tpu]" ;;
+  *" --no-oracle "*) setup "[test,video,tpu]" ;;
+  *) setup "[test,oracle,video,tpu]" ;;
 esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l4jax.host import keep_freed_memory
 from l4jax.train.cli import add_run_arguments, interrupted
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
+    keep_freed_memory()
     from PIL import Image
     from rich.console import Console
 

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from l4jax.host import keep_freed_memory
 from l4jax.inference.options import DEFAULT_MAX_LEN, DTYPES, SamplingOptions
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def check_picture(path: str) -> str:
 
 def load_model(args: argparse.Namespace) -> "LoadedModel":
     """Returns the model that the command line names."""
+    keep_freed_memory()
     with spinner(f"loading {args.model}"):
         from l4jax.inference.loaded import load
 

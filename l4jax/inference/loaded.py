@@ -24,11 +24,11 @@ from l4jax.inference.engine import Engine
 from l4jax.inference.generate import Event, Generation, Prompt, collect, stream
 from l4jax.inference.options import CHAT_TOKENS, DEFAULT_MAX_LEN, DTYPES, SamplingOptions
 from l4jax.model.llama4 import Llama4
-from l4jax.model.params import abstract_model, flat_params, with_params
+from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
 from l4jax.processing.chat import Message, Processor
 from l4jax.processing.image import ImageSource
 from l4jax.processing.tokenizer import BaseTokenizer, ByteTokenizer, load_tokenizer
-from l4jax.sharding import make_mesh, named_sharding
+from l4jax.sharding import make_mesh
 
 NUM_RELEASED_IDS = 202_048
 
@@ -253,13 +253,11 @@ def auto_mesh(config: Llama4Config) -> Mesh:
 
 def sharded_params(abstract: Llama4, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape, dtype and place of every parameter, under its dotted path."""
-    params = {}
-    for path, variable in nnx.to_flat_state(nnx.state(abstract)):
-        value, axes = variable.get_value(), variable.get_metadata()["axes"]
-        axes = (None,) * (value.ndim - len(axes)) + tuple(axes)  # stacked layers have an axis more
-        sharding = named_sharding(mesh, axes)
-        params[".".join(map(str, path))] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-    return params
+    shardings = param_shardings(abstract, mesh)
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in flat_params(abstract).items()
+    }
 
 
 def random_params(config: Llama4Config, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

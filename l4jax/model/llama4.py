@@ -20,7 +20,7 @@ from l4jax.config import Llama4Config
 from l4jax.model.attention import Tokens
 from l4jax.model.block import Block
 from l4jax.model.cache import Cache, LayerCache
-from l4jax.model.linear import Linear, param
+from l4jax.model.linear import Linear, einsum, param
 from l4jax.model.norm import RMSNorm
 from l4jax.model.stack import Layers, Stack
 from l4jax.model.vision import VisionModel
@@ -81,28 +81,45 @@ class Llama4(nnx.Module):
         self,
         ids: Int[Array, "B T"],
         *,
+        logits_at: Int[Array, "B"] | None = None,
+        **inputs,
+    ) -> tuple[Float[Array, "B t V"], Cache | None]:
+        """Returns float32 logits [B, T, V] and the cache that now includes `ids` (None without one).
+
+        Args:
+            ids: tokens. The k-th `<|patch|>` of the flattened batch is replaced by the k-th row of picture features.
+            logits_at: index of the one token in each row whose logits are wanted; the result is then [B, 1, V].
+            inputs: those of `hidden`.
+        """
+        x, cache, _ = self.hidden(ids, **inputs)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+        return head_logits(x, self.lm_head.kernel[...]), cache
+
+    def hidden(
+        self,
+        ids: Int[Array, "B T"],
+        *,
         tiles: Float[Array, "n 3 S S"] | None = None,
         image_features: Float[Array, "R D"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
-        logits_at: Int[Array, "B"] | None = None,
         router_bias: Float[Array, "L E"] | None = None,
-        return_router_load: bool = False,
-    ):
-        """Returns float32 logits [B, T, V] and the cache that now includes `ids` (None without one).
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Int[Array, "L E"] | None]:
+        """Returns what the head multiplies, the cache, and how many tokens went to each expert of each mixture layer.
+
+        Training takes this and never holds the logits of all tokens at once; a dense model has no router load (None).
 
         Args:
-            ids: tokens. The k-th `<|patch|>` of the flattened batch is replaced by the k-th row of picture features.
+            ids: tokens.
             tiles: pictures in [-1, 1]; or
             image_features: their rows as `encode_tiles` gave them, the first one for the first `<|patch|>` in `ids`.
             positions: of each token in its document. Default: counted from the start of each segment, or from the end
                 of what the cache holds.
             segment_ids: 0 for padding, on any side. Without a cache other numbers tell packed documents apart.
             cache: made by `init_cache`; donate it when you jit.
-            logits_at: index of the one token in each row whose logits are wanted; the result is then [B, 1, V].
             router_bias: for each mixture layer, added to the router's logits when it chooses, not when it scores.
-            return_router_load: also return how many tokens went to each expert, [mixture layers, E].
         """
         text = self.config.text_config
         cached_lengths = None if cache is None else cache.lengths
@@ -119,14 +136,8 @@ class Llama4(nnx.Module):
         )
         if cache is not None:
             cache = Cache(layers, cache.lengths + tokens.valid.sum(axis=1, dtype=cache.lengths.dtype))
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        logits = jnp.einsum("BTD,DV->BTV", self.norm(x), self.lm_head.kernel[...], preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", "length", "vocab")
-        if return_router_load:
-            load = [load for load in self.layers.flatten(loads) if load is not None]
-            return logits, cache, jnp.stack(load)
-        return logits, cache
+        load = [load for load in self.layers.flatten(loads) if load is not None]
+        return self.norm(x), cache, jnp.stack(load) if load else None
 
     def encode_tiles(self, tiles: Float[Array, "n 3 S S"]) -> Float[Array, "R D"]:
         """Returns picture features in the width of the text: `tokens_per_tile` rows a tile, in order."""
@@ -164,6 +175,11 @@ class Llama4(nnx.Module):
         place = {layer: i for i, layer in enumerate(text.moe_layers)}
         per_layer = [router_bias[place[i]] if i in place else None for i in range(text.num_hidden_layers)]
         return self.layers.arrange(per_layer)
+
+
+def head_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """Returns float32 logits of what `Llama4.hidden` gave, with `kernel` the weights of `lm_head`."""
+    return constrain(einsum("BTD,DV->BTV", x, kernel, jnp.float32), "batch", "length", "vocab")
 
 
 def default_positions(shape, segment_ids, cached_lengths) -> Int[Array, "B T"]:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from l4jax.config import Llama4Config
 from l4jax.model.llama4 import Llama4
+from l4jax.sharding import named_sharding
 
 
 def abstract_model(config: Llama4Config, *, dtype=jnp.bfloat16, scan_layers: bool | None = None) -> Llama4:
@@ -18,6 +20,16 @@ def abstract_model(config: Llama4Config, *, dtype=jnp.bfloat16, scan_layers: boo
 def flat_params(model: Llama4) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """Returns every parameter under its dotted path."""
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def param_shardings(model: Llama4, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns where every parameter belongs on a mesh, under its dotted path."""
+    shardings = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        axes = variable.get_metadata()["axes"]
+        axes = (None,) * (variable.get_value().ndim - len(axes)) + tuple(axes)  # stacked layers have an axis more
+        shardings[".".join(map(str, path))] = named_sharding(mesh, axes)
+    return shardings
 
 
 def with_params(model: Llama4, params: Mapping[str, jax.Array]) -> Llama4:

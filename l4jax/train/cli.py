@@ -4,6 +4,8 @@ import argparse
 import signal
 from pathlib import Path
 
+from l4jax.host import keep_freed_memory
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of settings, for example configs/demo.yaml")
@@ -27,6 +29,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_freed_memory()
     from l4jax.train.config import load_run_config
     from l4jax.train.data import RunData
     from l4jax.train.loop import train

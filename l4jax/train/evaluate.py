@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from l4jax.inference.sampling import likeliest
 from l4jax.processing.chat import Encoded, Message, Processor
 
 
@@ -98,7 +99,7 @@ def greedy(
     segment_ids = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
     cache = model.init_cache(batch_size, length + new_tokens)
     logits, cache = model(ids, tiles=tiles, segment_ids=segment_ids, cache=cache, logits_at=lengths - 1)
-    first = logits[:, -1].argmax(-1).astype(jnp.int32)
+    first = likeliest(logits[:, -1])
     drawn = jnp.zeros((batch_size, new_tokens), jnp.int32).at[:, 0].set(first)
 
     def goes_on(carry) -> Array:
@@ -109,7 +110,7 @@ def greedy(
         step, drawn, cache = carry
         last = jax.lax.dynamic_slice_in_dim(drawn, step - 1, 1, axis=1)
         logits, cache = model(last, cache=cache)
-        token = logits[:, -1].argmax(-1).astype(jnp.int32)
+        token = likeliest(logits[:, -1])
         return step + 1, drawn.at[:, step].set(token), cache
 
     return jax.lax.while_loop(goes_on, decode, (1, drawn, cache))[1]

@@ -19,6 +19,7 @@ from flax import nnx
 from rich.console import Console
 
 from l4jax.checkpoint.train_store import Interruption, TrainStore
+from l4jax.sharding import make_mesh
 from l4jax.train.config import RunConfig, run_config_to_dict
 from l4jax.train.metrics import MetricsFile, load_imbalance
 from l4jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -72,13 +73,15 @@ def train(
     """
     if resume == "never":
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    with TrainStore(run_dir / "checkpoints") as store, Interruption() as stop:
+    mesh = make_mesh()
+    with TrainStore(run_dir / "checkpoints") as store, Interruption() as stop, jax.set_mesh(mesh):
         if store.latest_step() is not None:
             _check_settings(run_dir / "config.yaml", config)
         optimizer = make_optimizer(config.optimizer, config.steps)
         learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-        graphdef, state = init_state(config.model, optimizer, config.seed)
-        train_step = make_train_step(graphdef, optimizer, config)
+        graphdef, state = init_state(config.model, optimizer, config.seed, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        train_step = make_train_step(graphdef, optimizer, config, shardings)
         batches, step = iter(data), 0
         if resume == "must" or store.latest_step() is not None:
             state, step, _ = store.restore(jax.tree.map(_abstract, state), batches)

@@ -1,8 +1,12 @@
 """The loss of pre-training and supervised stages: cross entropy of the next token, on the tokens that count."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from l4jax.model.llama4 import head_logits
 
 
 def next_token_targets(
@@ -18,11 +22,68 @@ def next_token_targets(
     return jnp.roll(ids_BT, -1, axis=1), wanted_BT & (follows_BT == segment_ids_BT) & (segment_ids_BT > 0)
 
 
-def token_losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Returns -log p(target) at each position, in float32 whatever the dtype of the logits."""
+LOGITS_AT_ONCE = 1 << 28
+"""Logits that a step holds at a time; 1 GiB in float32. Scout's vocabulary times 8,192 tokens would take 6.6 GB."""
+
+
+class TokenLosses(NamedTuple):
+    """Of each position; both float32 whatever the dtype of the logits."""
+
+    losses: Float[Array, "B T"]
+    """-log p(target)."""
+    right: Float[Array, "B T"]
+    """1 where no token is likelier than the target, else 0."""
+
+
+def head_losses(
+    hidden_BTD: Float[Array, "B T D"], kernel_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"]
+) -> TokenLosses:
+    """Returns the losses of `hidden @ kernel`, a block of positions at a time; logits of a block are made again in the
+    backward pass rather than kept."""
+
+    def block_losses(hidden_BTD, targets_BT):
+        return token_losses(head_logits(hidden_BTD, kernel_DV), targets_BT)
+
+    (B, T, D), V = hidden_BTD.shape, kernel_DV.shape[1]
+    num_blocks = next(n for n in range(1, T + 1) if T % n == 0 and (n == T or B * T // n * V <= LOGITS_AT_ONCE))
+    if num_blocks == 1:
+        return block_losses(hidden_BTD, targets_BT)
+    hidden_blocks = jnp.moveaxis(hidden_BTD.reshape(B, num_blocks, -1, D), 1, 0)
+    target_blocks = jnp.moveaxis(targets_BT.reshape(B, num_blocks, -1), 1, 0)
+    one_block = jax.checkpoint(lambda block: block_losses(*block))
+    found = jax.lax.map(one_block, (hidden_blocks, target_blocks))
+    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in found))
+
+
+@jax.custom_vjp
+def token_losses(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> TokenLosses:
+    """Returns -log p(target), and whether the target is the likeliest token."""
+    return _token_losses(logits_BTV, targets_BT)[0]
+
+
+def _token_losses(logits_BTV, targets_BT):
     logits_BTV = logits_BTV.astype(jnp.float32)
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
+    largest_BT = logits_BTV.max(-1)
+    lse_BT = largest_BT + jnp.log(jnp.exp(logits_BTV - largest_BT[..., None]).sum(-1))
+    return TokenLosses(lse_BT - chosen_BT, (chosen_BT >= largest_BT).astype(jnp.float32)), lse_BT
+
+
+def _token_losses_forward(logits_BTV, targets_BT):
+    found, lse_BT = _token_losses(logits_BTV, targets_BT)
+    return found, (logits_BTV, targets_BT, lse_BT)
+
+
+def _token_losses_backward(residuals, cotangents):
+    # One pass over the logits; the gradient of a gather would be a scatter into a second array of their size.
+    logits_BTV, targets_BT, lse_BT = residuals
+    weights_BT1 = cotangents.losses[..., None]
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    shares_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - lse_BT[..., None])
+    return ((shares_BTV - is_target_BTV) * weights_BT1).astype(logits_BTV.dtype), None
+
+
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def masked_mean(values_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> tuple[Array, Array]:

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from l4jax.config import Llama4Config
 from l4jax.model.llama4 import Llama4
+from l4jax.model.params import abstract_model, param_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -32,25 +34,44 @@ class TrainState:
 
 
 def init_state(
-    config: Llama4Config, optimizer: optax.GradientTransformation, seed: int
+    config: Llama4Config, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Returns the structure of a new model, for `nnx.merge(graphdef, state.params)`, and the state before step 1."""
+    """Returns the structure of a new model, for `nnx.merge(graphdef, state.params)`, and the state before step 1.
 
-    def create():
-        graphdef, params = nnx.split(Llama4(config, rngs=nnx.Rngs(seed)))
-        params = nnx.to_pure_dict(params)
-        text = config.text_config
-        router_bias = jnp.zeros((len(text.moe_layers), max(text.num_local_experts, 1)), jnp.float32)
-        return graphdef, TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), router_bias)
+    Every array is born in its place on the mesh, and the numbers do not depend on the mesh.
+    """
 
-    # Parameters are drawn inside of jit: one compilation instead of one for each shape. The structure, which is
-    # no array, comes out of the trace by the side door.
-    structure = []
+    def create() -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(Llama4(config, rngs=nnx.Rngs(seed))))
+        return new_state(config, optimizer, params)
 
-    def arrays():
-        graphdef, state = create()
-        structure.append(graphdef)
-        return state
+    graphdef, shardings = (
+        nnx.graphdef(abstract_model(config, dtype=jnp.float32)),
+        state_shardings(config, optimizer, mesh),
+    )
+    return graphdef, jax.jit(create, out_shardings=shardings)()
 
-    state = jax.jit(arrays)()
-    return structure[0], state
+
+def new_state(config: Llama4Config, optimizer: optax.GradientTransformation, params: dict[str, Any]) -> TrainState:
+    """Returns the state in which training starts from `params`."""
+    text = config.text_config
+    router_bias = jnp.zeros((len(text.moe_layers), max(text.num_local_experts, 1)), jnp.float32)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), router_bias)
+
+
+def state_shardings(config: Llama4Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the place of every array of the state: moments lie where their parameters do, the rest everywhere."""
+    model = abstract_model(config, dtype=jnp.float32)
+    flat, everywhere = param_shardings(model, mesh), NamedSharding(mesh, PartitionSpec())
+    params = nnx.to_pure_dict(nnx.state(model))
+    places = jax.tree.map_with_path(
+        lambda path, _: flat[jax.tree_util.keystr(path, simple=True, separator=".")], params
+    )
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, params),
+        places,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(places, moments, everywhere, everywhere)

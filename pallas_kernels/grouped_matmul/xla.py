@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.slices import from_bits, read_slice, to_bits
+from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
 
 
 def block_sizes(num_rows: int, num_groups: int, dtype: jnp.dtype) -> tuple[int, int]:
@@ -112,7 +112,7 @@ def _map_blocks(
 
         return _for_each_block(groups, group, visit_block, outs)
 
-    outs = [to_bits(jnp.zeros((num_rows, width), dtype)) for width in widths]
+    outs = [to_bits(own_zeros((num_rows, width), dtype, rows[0])) for width in widths]
     outs = lax.fori_loop(0, jnp.sum(group_sizes_E > 0), visit_group, outs)
     return [from_bits(out, dtype) for out in outs]
 
@@ -120,12 +120,19 @@ def _map_blocks(
 def _outer_products(
     rows_RD: Float[Array, "R D"], others: list[Float[Array, "R F"]], group_sizes_E: Int[Array, " E"]
 ) -> list[Float[Array, "E D F"]]:
-    """Returns the sum over each group's rows of `outer(row, other)`, for each of the others: weight gradients."""
-    dtype, num_rows = rows_RD.dtype, rows_RD.shape[0]
-    groups = _cut(group_sizes_E, num_rows, dtype)
+    """Returns the sum over each group's rows of `outer(row, other)`, for each of the others: weight gradients.
 
-    def visit_group(_, group):
-        def visit_block(sums, block, first, end):
+    A product is as large as a matrix of weights, so the cost is to write it: one block takes a whole group as a rule,
+    and only groups far above the mean add further ones.
+    """
+    dtype, (num_rows, num_groups) = rows_RD.dtype, (rows_RD.shape[0], group_sizes_E.shape[0])
+    block = min(math.ceil(5 * num_rows / (32 * num_groups)) * 8, 128, num_rows)
+    end_E = jnp.cumsum(group_sizes_E)
+
+    def visit_group(group, outs):
+        start, end = end_E[group] - group_sizes_E[group], end_E[group]
+
+        def products(first):
             at, owned = _locate(num_rows, block, first, end)
 
             def read(array):
@@ -133,15 +140,22 @@ def _outer_products(
 
             block_RD = read(rows_RD)
             return [
-                total + jnp.einsum("RD,RF->DF", block_RD, read(other), preferred_element_type=jnp.float32)
-                for total, other in zip(sums, others, strict=True)
+                jnp.einsum("RD,RF->DF", block_RD, read(other), preferred_element_type=jnp.float32) for other in others
             ]
 
-        sums = [jnp.zeros((rows_RD.shape[1], other.shape[1]), jnp.float32) for other in others]
-        return None, [to_bits(total.astype(dtype)) for total in _for_each_block(groups, group, visit_block, sums)]
+        def add_block(i, sums):
+            return [total + more for total, more in zip(sums, products(start + i * block), strict=True)]
 
-    _, sums = lax.scan(visit_group, None, jnp.arange(group_sizes_E.shape[0]))
-    return [from_bits(total, dtype) for total in sums]
+        num_blocks = (end - start + block - 1) // block
+        sums = lax.fori_loop(1, num_blocks, add_block, products(start))
+        return [
+            lax.dynamic_update_slice(out, to_bits(total.astype(dtype))[None], (group, 0, 0))
+            for out, total in zip(outs, sums, strict=True)
+        ]
+
+    shapes = [(num_groups, rows_RD.shape[1], other.shape[1]) for other in others]
+    outs = [to_bits(own_zeros(shape, dtype, other)) for shape, other in zip(shapes, others, strict=True)]
+    return [from_bits(out, dtype) for out in lax.fori_loop(0, num_groups, visit_group, outs)]
 
 
 def _dot(subscripts: str, rows: Array, other: Array) -> Array:

@@ -25,6 +25,12 @@ def hf(processor, logits, ids=None):
     return processor(ids, torch.from_numpy(logits.copy())).numpy()
 
 
+def test_likeliest_is_argmax_and_the_first_of_equals(logits):
+    logits[1, [5, 40]] = 99.0
+    np.testing.assert_array_equal(sampling.likeliest(logits), logits.argmax(-1))
+    assert sampling.likeliest(jnp.full((1, 97), jnp.nan)) == 96
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("top_k", [1, 2, 10, 96, 97, 500])
 def test_top_k_equals_hf(logits, top_k):
