@@ -30,9 +30,9 @@ class Block(nnx.Module):
         """Returns the residual stream, the cache, and the rows that each expert took (None in a dense layer)."""
         attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache, index)
         x = constrain(x + attended, "batch", "length", None)
-        rows_MD = self.post_attention_layernorm(x).reshape(-1, x.shape[-1])
+        y = self.post_attention_layernorm(x)
         if self.has_experts:
-            rows_MD, load_E = self.feed_forward(rows_MD, router_bias)
+            y, load_E = self.feed_forward(y, tokens.valid, router_bias)
         else:
-            rows_MD, load_E = self.feed_forward(rows_MD), None
-        return constrain(x + rows_MD.reshape(x.shape), "batch", "length", None), cache, load_E
+            y, load_E = self.feed_forward(y), None
+        return constrain(x + y, "batch", "length", None), cache, load_E

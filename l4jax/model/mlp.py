@@ -5,15 +5,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from l4jax.model.linear import Linear
+from l4jax.sharding import constrain
 
 
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype):
-        self.gate_proj = Linear("MD,DF->MF", (width, hidden), ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.up_proj = Linear("MD,DF->MF", (width, hidden), ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.down_proj = Linear("MF,FD->MD", (hidden, width), ("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.gate_proj = Linear("BTD,DF->BTF", (width, hidden), ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.up_proj = Linear("BTD,DF->BTF", (width, hidden), ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.down_proj = Linear("BTF,FD->BTD", (hidden, width), ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD))
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(constrain(hidden, "batch", "length", "mlp"))

@@ -26,9 +26,9 @@ def param_shardings(model: Llama4, mesh: Mesh) -> dict[str, NamedSharding]:
     """Returns where every parameter belongs on a mesh, under its dotted path."""
     shardings = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        axes = variable.get_metadata()["axes"]
-        axes = (None,) * (variable.get_value().ndim - len(axes)) + tuple(axes)  # stacked layers have an axis more
-        shardings[".".join(map(str, path))] = named_sharding(mesh, axes)
+        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
+        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers have an axis more
+        shardings[".".join(map(str, path))] = named_sharding(mesh, axes, shape)
     return shardings
 
 

@@ -15,6 +15,7 @@ from l4jax.model.linear import Linear, param
 from l4jax.model.norm import LayerNorm
 from l4jax.model.rope import rotate, vision_angles
 from l4jax.model.stack import Stack
+from l4jax.sharding import constrain
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -51,8 +52,8 @@ class VisionAttention(nnx.Module):
         self.o_proj = Linear("BXNH,NHD->BXD", out, ("heads", None, "embed"), use_bias=True, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B X D"], cos, sin) -> Float[Array, "B X D"]:
-        q, k = rotate(self.q_proj(x), cos, sin), rotate(self.k_proj(x), cos, sin)
-        return self.o_proj(ops.attention(q, k, self.v_proj(x), causal=False))
+        q, k, v = (constrain(p(x), "tile", None, "heads", None) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(ops.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=False))
 
 
 class VisionMLP(nnx.Module):
@@ -61,7 +62,7 @@ class VisionMLP(nnx.Module):
         self.fc2 = Linear("BXF,FD->BXD", widths[1:], ("mlp", "embed"), use_bias=use_bias, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B X D"]) -> Float[Array, "B X d"]:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(constrain(gelu(self.fc1(x)), "tile", None, "mlp"))
 
 
 class VisionBlock(nnx.Module):
@@ -73,8 +74,8 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMLP((width, config.intermediate_size, width), use_bias=True, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B X D"], cos, sin) -> Float[Array, "B X D"]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = constrain(x + self.self_attn(self.input_layernorm(x), cos, sin), "tile", None, None)
+        return constrain(x + self.mlp(self.post_attention_layernorm(x)), "tile", None, None)
 
 
 class VisionAdapter(nnx.Module):
@@ -107,7 +108,8 @@ class VisionModel(nnx.Module):
 
     def __call__(self, tiles: Float[Array, "n 3 S S"]) -> Float[Array, "n x d"]:
         """Returns `tokens_per_tile` feature rows a tile; `tiles` holds pixels in [-1, 1]."""
-        patches = patchify(tiles.astype(self.class_embedding.dtype), self.config.patch_size)
+        tiles = constrain(tiles.astype(self.class_embedding.dtype), "tile", None, None, None)
+        patches = patchify(tiles, self.config.patch_size)
         x = self.patch_embedding(patches)
         last = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([x, last], axis=1) + self.positional_embedding_vlm[...]

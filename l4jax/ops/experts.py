@@ -1,0 +1,223 @@
+"""Routed experts over a mesh. Nothing is dropped, whatever the router does, and no device holds more than it must.
+
+Experts lie on the `expert` axis, their widths on `tensor`, and each device routes its own tokens. Two forms:
+
+- exchange, for many tokens: rows go to the devices that hold their expert and come back. A row travels straight to its
+  place among the rows of its expert, so nothing is sorted on arrival. If every token of the group chose one expert, its
+  device would need room for all of them; so tokens go in rounds, few enough that this room stays about twice the
+  tokens of a device, and the grouped matmul computes only rows that came.
+- gather, for few tokens (decoding): every device of the group sees all tokens, computes the rows of its own experts,
+  and the partial sums are added. Weights are read once, and a few vectors travel.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from l4jax.sharding import axis_sizes, spec
+from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels.dispatch import target
+
+GATHER_BELOW = 1024
+"""Tokens of an exchange group up to which all of them go to every device."""
+ROOM = 2
+"""Rows for which a device has room in a round, over the mean."""
+
+Weights = Float[Array, "E D F"] | Any  # or a QuantizedArray
+
+
+def routed_experts(
+    x_BTD: Float[Array, "B T D"],
+    experts_BTk: Int[Array, "B T k"],
+    scores_BTk: Float[Array, "B T k"],
+    gate_EDF: Weights,
+    up_EDF: Weights,
+    down_EFD: Weights,
+) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
+    """Returns the sum over each token's experts of `expert(score * x)`, and the rows that each expert took.
+
+    Args:
+        x_BTD: tokens.
+        experts_BTk: the experts of each token; E means none (padding).
+        scores_BTk: what multiplies an expert's input, in the dtype of x.
+        gate_EDF: with `up_EDF` and `down_EFD` the weights of all experts.
+    """
+    sizes = axis_sizes()
+    if math.prod(sizes.values()) == 1:
+        out, load = _local(_flat(x_BTD), _flat(experts_BTk), _flat(scores_BTk), (gate_EDF, up_EDF, down_EFD))
+        return out.reshape(x_BTD.shape), load
+    tokens = spec(("batch", "length", None), x_BTD.shape, sizes)
+    weights, num_experts = (gate_EDF, up_EDF, down_EFD), gate_EDF.shape[0]
+    wide, narrow = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
+    places = tuple(
+        jax.tree.map(lambda leaf, axes=axes: spec(axes, leaf.shape, sizes), weight)
+        for axes, weight in zip((wide, wide, narrow), weights, strict=True)
+    )
+    token_axes, (expert_axes, _, partial_axes) = _axes(tokens), map(_axes, zip(spec(wide, gate_EDF.shape, sizes)))
+    group = sizes["expert"] if expert_axes else 1
+    shared = group > 1 and "expert" not in token_axes  # every device of the group has the same tokens
+    num_tokens = math.prod(x_BTD.shape[:2]) // math.prod(sizes[axis] for axis in token_axes)  # of a device
+    gather = shared or (group > 1 and num_tokens * group <= GATHER_BELOW)
+
+    def run(x, experts, scores, weights):
+        weights = tuple(
+            jax.tree.map(lambda w, place, axis=axis: _whole(w, place, axis), weight, place)
+            for weight, place, axis in zip(weights, places, (1, 1, 2), strict=True)
+        )
+        shape, (x, experts, scores) = x.shape, map(_flat, (x, experts, scores))
+        if group == 1:
+            out, load = _local(x, experts, scores, weights)
+        elif gather:
+            out, load = _gather(x, experts, scores, weights, num_experts, shared)
+        else:
+            out, load = _exchange(x, experts, scores, weights, num_experts, group)
+        out = lax.psum(out, partial_axes) if partial_axes else out
+        return out.reshape(shape), lax.psum(load, token_axes) if token_axes else load
+
+    run = jax.shard_map(
+        run, in_specs=(tokens, tokens, tokens, places), out_specs=(tokens, PartitionSpec()), check_vma=False
+    )
+    return run(x_BTD, experts_BTk, scores_BTk, weights)
+
+
+def _axes(entries) -> tuple[str, ...]:
+    """Returns the mesh axes in some entries of a partition."""
+    found = [(entry,) if isinstance(entry, str) else entry for entry in entries if entry]
+    return tuple(axis for entry in found for axis in entry)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _whole(array: Array, place: PartitionSpec, axis: int) -> Array:
+    """Returns weights gathered along the dimension that FSDP has shared out; the gradient is scattered back."""
+    axes = _axes(place[axis : axis + 1])
+    return lax.all_gather(array, axes, axis=axis, tiled=True) if axes else array
+
+
+def _sort(x_MD, experts_Mk, scores_Mk, num_experts: int):
+    """Returns the scaled rows sorted by expert, how many each expert has, and the order that sorted them."""
+    top_k = experts_Mk.shape[1]
+    experts_R = experts_Mk.reshape(-1)
+    order_R = jnp.argsort(experts_R, stable=True)
+    sizes_E = jnp.bincount(experts_R, length=num_experts).astype(jnp.int32)
+    return x_MD[order_R // top_k] * scores_Mk.reshape(-1)[order_R, None], sizes_E, order_R
+
+
+def _unsort(rows_RD, order_R, top_k: int):
+    """Returns the sum of each token's rows."""
+    return rows_RD[jnp.argsort(order_R)].reshape(-1, top_k, rows_RD.shape[-1]).sum(axis=1)
+
+
+def _apply(rows_RD, sizes_E, weights, offset=None):
+    gate, up, down = weights
+    hidden_RF = grouped_swiglu(rows_RD, gate, up, sizes_E, offset)
+    return grouped_matmul(hidden_RF, down, sizes_E, offset)
+
+
+def _local(x_MD, experts_Mk, scores_Mk, weights):
+    rows_RD, sizes_E, order_R = _sort(x_MD, experts_Mk, scores_Mk, weights[0].shape[0])
+    return _unsort(_apply(rows_RD, sizes_E, weights), order_R, experts_Mk.shape[1]), sizes_E
+
+
+def _gather(x_mD, experts_mk, scores_mk, weights, num_experts: int, shared: bool):
+    """All tokens of the group on every device, each for its own experts."""
+    if not shared:
+        x_mD, experts_mk, scores_mk = (
+            lax.all_gather(a, "expert", tiled=True) for a in (x_mD, experts_mk, scores_mk)
+        )  # fmt: skip
+    rows_RD, sizes_E, order_R = _sort(x_mD, experts_mk, scores_mk, num_experts)
+    offset = lax.axis_index("expert") * weights[0].shape[0]
+    out_MD = _unsort(_apply(rows_RD, sizes_E, weights, offset), order_R, experts_mk.shape[1])
+    if shared:
+        return lax.psum(out_MD, "expert"), sizes_E
+    # Each device has counted the tokens of the whole group.
+    share_E = jnp.where(lax.axis_index("expert") == 0, sizes_E, 0)
+    return lax.psum_scatter(out_MD, "expert", tiled=True), share_E
+
+
+# --- Exchange -----------------------------------------------------------------------------------------------------
+
+
+def _exchange(x_mD, experts_mk, scores_mk, weights, num_experts: int, group: int):
+    wanted = math.ceil(group / ROOM)
+    num_rounds = next(n for n in range(min(wanted, x_mD.shape[0]), 0, -1) if x_mD.shape[0] % n == 0)
+
+    # What a round needs is made again in the backward pass: kept for all rounds it would take the room of all of them.
+    @jax.checkpoint
+    def one_round(tokens):
+        return _exchange_round(*tokens, weights, num_experts, group)
+
+    # A round takes every num_rounds-th token: neighbours are alike, and one round should not have all of a kind.
+    rounds = [a.reshape(-1, num_rounds, *a.shape[1:]).swapaxes(0, 1) for a in (x_mD, experts_mk, scores_mk)]
+    out, load = lax.map(one_round, tuple(rounds))
+    return out.swapaxes(0, 1).reshape(x_mD.shape), load.sum(axis=0)
+
+
+def _exchange_round(x_mD, experts_mk, scores_mk, weights, num_experts: int, group: int):
+    """Sends rows to the devices of their experts, applies these, sends the rows back.
+
+    Slices of the exchange are (device, expert): one sender's rows for one expert, in the order of experts.
+    """
+    rows_RD, sizes_E, order_R = _sort(x_mD, experts_mk, scores_mk, num_experts)
+    num_here, me = num_experts // group, lax.axis_index("expert")
+    sizes_pE = lax.all_gather(sizes_E, "expert")  # of every sender p
+    starts_pE = jnp.cumsum(sizes_pE, axis=1) - sizes_pE  # in the rows of sender p
+
+    # On arrival rows are ordered by expert, then by sender.
+    sizes_dep = sizes_pE.reshape(group, group, num_here).transpose(1, 2, 0)  # device d, its expert e, sender p
+    ends_dep = jnp.cumsum(sizes_dep.reshape(group, -1), axis=1).reshape(sizes_dep.shape)
+    places_dep = ends_dep - sizes_dep
+    here_pe, mine_pe = sizes_dep[me].T, starts_pE.reshape(group, group, num_here)[:, me]
+
+    forth = _Slices(starts_pE[me], sizes_E, places_dep[:, :, me].reshape(-1), here_pe.reshape(-1))
+    back = _Slices(places_dep[me].T.reshape(-1), here_pe.reshape(-1), mine_pe.reshape(-1), sizes_E)
+    room = rows_RD.shape[0] * group
+    arrived = _send(rows_RD, room, forth, group)
+    done = _apply(arrived, here_pe.sum(axis=0), weights)
+    return _unsort(_send(done, rows_RD.shape[0], back, group), order_R, experts_mk.shape[1]), sizes_E
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Slices:
+    """Where runs of rows lie: as many for each device of the group."""
+
+    starts: Int[Array, " n"]
+    """In the sender's rows."""
+    sizes: Int[Array, " n"]
+    places: Int[Array, " n"]
+    """In the receiver's rows."""
+    arriving: Int[Array, " n"]
+    """Sizes of the runs that come here, by sender."""
+
+
+def _send(rows_RD, num_rows: int, slices: _Slices, group: int):
+    """Returns `num_rows` rows: those that the group sends here in their places, zeros elsewhere."""
+    if target().platform == "cpu":
+        return _send_emulated(rows_RD, num_rows, slices, group)
+    empty = jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype)
+    return lax.ragged_all_to_all(
+        rows_RD, empty, slices.starts, slices.sizes, slices.places, slices.arriving, axis_name="expert"
+    )
+
+
+def _send_emulated(rows_RD, num_rows: int, slices: _Slices, group: int):
+    """The same by a gather of everything: XLA:CPU has no ragged exchange."""
+    ends_n = slices.starts + slices.sizes
+    row_R = jnp.arange(rows_RD.shape[0])
+    in_slice_Rn = (row_R[:, None] >= slices.starts) & (row_R[:, None] < ends_n)
+    slice_R, sent_R = in_slice_Rn.argmax(axis=1), in_slice_Rn.any(axis=1)
+    device_R = jnp.where(sent_R, slice_R // (len(slices.sizes) // group), group)
+    place_R = slices.places[slice_R] + row_R - slices.starts[slice_R]
+    rows_pRD, device_pR, place_pR = (lax.all_gather(a, "expert") for a in (rows_RD, device_R, place_R))
+    place_pR = jnp.where(device_pR == lax.axis_index("expert"), place_pR, num_rows)
+    empty = jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype)
+    return empty.at[place_pR.reshape(-1)].set(rows_pRD.reshape(-1, rows_RD.shape[1]), mode="drop")
