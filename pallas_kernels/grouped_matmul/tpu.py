@@ -1,10 +1,10 @@
-"""Routed expert matmuls on TPU: two kernels, rows times weights (`_multiply`) and outer products (`_outer_products`).
+"""Routed expert matmuls on TPU: two kernels, rows times weights (`multiply`) and outer products (`outer_products`).
 
-`_multiply` serves the forward pass and, with the weights contracted along F, the gradient to the rows.
+`multiply` serves the forward pass and, with the weights contracted along F, the gradient to the rows.
 
 - Tiled: rows into strips of up to 2048, result columns into tiles of 512. The contracted axis is never cut, so sums stay
   in the product and no accumulator goes back and forth.
-- Grid: (cores, steps). A step is one (strip, column tile, group) with rows in common, listed by `_walk`; nothing else
+- Grid: (cores, steps). A step is one (strip, column tile, group) with rows in common, listed by `list_steps`; nothing else
   is visited. Strips change slowest and groups fastest: a strip is read once, its result tile is written once, and each
   group's weights are read once per strip in which the group has rows.
 - In VMEM, all twice for the pipeline: the strip [strip, D], one tile per weight [D, cols], the result [strip, cols].
@@ -14,7 +14,7 @@
   in 16 equal groups on v6e (strips of 2048): no weight twice; shifted groups: 19 of 16 readings. In decoding the strip
   is all rows, and the weights of groups without rows stay where they are.
 
-`_outer_products` makes weight gradients: tiles [2560, 2048] of the result stay in VMEM while the rows of the group
+`outer_products` makes weight gradients: tiles [2560, 2048] of the result stay in VMEM while the rows of the group
 pass, as one float32 sum; grid (row tiles of the result, its column tiles, steps), a step being a (strip, group) pair.
 Bytes: the result once, rows times F / 2048, gradients of the result times D / 2560.
 
@@ -42,8 +42,8 @@ from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.tpu import INTERPRET, refuse_platform
 
 
-class _Walk(NamedTuple):
-    """What each step of `_multiply` does: scalars that the grid reads ahead of time.
+class Steps(NamedTuple):
+    """What each step of `multiply` does: scalars that the grid reads ahead of time.
 
     Attributes:
         strip: strip of the result.
@@ -64,8 +64,8 @@ class _Walk(NamedTuple):
     groups: Groups
 
 
-def _walk(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[_Walk, Int[Array, ""]]:
-    """Returns the steps of `_multiply`, and how many of them there are.
+def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[Steps, Int[Array, ""]]:
+    """Returns the steps of `multiply`, and how many of them there are.
 
     Strips change slowest; inside a strip columns, inside a column the groups that have rows in the strip. A strip
     without groups is visited too, once per column, to be zeroed.
@@ -95,7 +95,7 @@ def _walk(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[_Wa
     # Where a strip has no group, name the blocks of the next step or the last one that has: nothing is read for it.
     first_strip, last_strip = first_row // strip, jnp.maximum(end_row - 1, 0) // strip
     waiting_cols = jnp.where(strip_of < first_strip, 0, num_cols - 1)
-    walk = _Walk(
+    steps = Steps(
         strip=strip_of,
         rows_strip=jnp.clip(strip_of, jnp.minimum(first_strip, last_strip), last_strip),
         cols=cols,
@@ -104,7 +104,7 @@ def _walk(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[_Wa
         clears=(nth == 0) & (_take(owned_s - (bottom_s - top_s), strip_of) != 0),
         groups=groups,
     )
-    return jax.tree.map(lambda table: table.astype(jnp.int32), walk), end_s[-1].astype(jnp.int32)
+    return jax.tree.map(lambda table: table.astype(jnp.int32), steps), end_s[-1].astype(jnp.int32)
 
 
 def _take(table_s: Int[Array, " s"], index: Int[Array, " S"]) -> Int[Array, " S"]:
@@ -112,7 +112,7 @@ def _take(table_s: Int[Array, " s"], index: Int[Array, " S"]) -> Int[Array, " S"
     return jnp.sum(jnp.where(index[:, None] == jnp.arange(table_s.shape[0]), table_s, 0), 1)
 
 
-def _multiply(
+def multiply(
     rows: list[Array],
     weights: list[Array | QuantizedArray],
     groups: Groups,
@@ -135,27 +135,27 @@ def _multiply(
     """
     (num_rows, depth), dtype = rows[0].shape, rows[0].dtype
     width = weights[0].shape[1 if transposed else 2]
-    t = _row_tiles(rows, weights, num_groups, transposed, num_results)
+    t = row_tiles_for(rows, weights, num_groups, transposed, num_results)
     num_cols = pl.cdiv(width, t.cols)
     num_cores = tiles.chip().num_cores if num_cols % tiles.chip().num_cores == 0 else 1
     num_cols //= num_cores
-    walk, num_steps = _walk(groups, num_rows, t.strip, num_cols)
+    steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols)
     tile_shape = (t.cols, depth) if transposed else (depth, t.cols)
     if isinstance(weights[0], QuantizedArray):
         rows_per_scale = weights[0].shape[1] // weights[0].scales.shape[1]
 
-    def rows_index(core, step, walk):
-        return walk.rows_strip[step], 0
+    def rows_index(core, step, steps):
+        return steps.rows_strip[step], 0
 
-    def result_index(core, step, walk):
-        return walk.strip[step], core * num_cols + walk.cols[step]
+    def result_index(core, step, steps):
+        return steps.strip[step], core * num_cols + steps.cols[step]
 
-    def weights_index(core, step, walk):
-        cols = core * num_cols + walk.weight_cols[step]
-        return (walk.group[step], cols, 0) if transposed else (walk.group[step], 0, cols)
+    def weights_index(core, step, steps):
+        cols = core * num_cols + steps.weight_cols[step]
+        return (steps.group[step], cols, 0) if transposed else (steps.group[step], 0, cols)
 
-    def scales_index(core, step, walk):
-        return (walk.group[step], 0, 0) if transposed else weights_index(core, step, walk)
+    def scales_index(core, step, steps):
+        return (steps.group[step], 0, 0) if transposed else weights_index(core, step, steps)
 
     def weights_spec(weight):
         if isinstance(weight, QuantizedArray):
@@ -163,13 +163,13 @@ def _multiply(
             return QuantizedArray(weights_spec(weight.values), scales)
         return pl.BlockSpec((None, t.cols, depth) if transposed else (None, depth, t.cols), weights_index)
 
-    def kernel(walk, rows, weights, results, decoded):
+    def kernel(steps, rows, weights, results, decoded):
         step = pl.program_id(1)
-        top, group = walk.strip[step] * t.strip, walk.group[step]
-        first = jnp.maximum(walk.groups.start_e[group] - top, 0)
-        end = jnp.minimum(walk.groups.end_e[group] - top, t.strip)
+        top, group = steps.strip[step] * t.strip, steps.group[step]
+        first = jnp.maximum(steps.groups.start_e[group] - top, 0)
+        end = jnp.minimum(steps.groups.end_e[group] - top, t.strip)
 
-        @pl.when(walk.clears[step] == 1)
+        @pl.when(steps.clears[step] == 1)
         def _clear():
             for result in results:
                 result[...] = jnp.zeros_like(result)
@@ -178,7 +178,7 @@ def _multiply(
 
             @pl.when(end > first)
             def _decode():
-                first_col = (pl.program_id(0) * num_cols + walk.weight_cols[step]) * t.cols
+                first_col = (pl.program_id(0) * num_cols + steps.weight_cols[step]) * t.cols
                 for weight, tile in zip(weights, decoded, strict=True):
                     if _scales_sums(weight, transposed):
                         tile[...] = weight.values[...].astype(dtype)
@@ -242,10 +242,10 @@ def _multiply(
         ),
         interpret=INTERPRET if interpret else False,
         name="grouped_rows_times_weights",
-    )(walk, rows, weights)[0]
+    )(steps, rows, weights)[0]
 
 
-def _row_tiles(
+def row_tiles_for(
     rows: list[Array], weights: list[Array | QuantizedArray], num_groups: int, transposed: bool, num_results: int
 ) -> tiles.RowTiles | None:
     (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
@@ -298,8 +298,8 @@ def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array | int, ro
     _for(tile.shape[0] // chunk, decode)
 
 
-class _OuterWalk(NamedTuple):
-    """What each step of `_outer_products` does.
+class OuterSteps(NamedTuple):
+    """What each step of `outer_products` does.
 
     Attributes:
         strip: strip of the rows.
@@ -316,8 +316,8 @@ class _OuterWalk(NamedTuple):
     groups: Groups
 
 
-def _outer_walk(groups: Groups, num_rows: int, strip: int) -> tuple[_OuterWalk, Int[Array, ""]]:
-    """Returns the steps of `_outer_products` and their number: the strips of each group, one for a group without rows."""
+def list_outer_steps(groups: Groups, num_rows: int, strip: int) -> tuple[OuterSteps, Int[Array, ""]]:
+    """Returns the steps of `outer_products` and their number: the strips of each group, one for a group without rows."""
     num_groups, num_strips = groups.start_e.shape[0], pl.cdiv(num_rows, strip)
     first_e = jnp.minimum(groups.start_e // strip, num_strips - 1)
     visits_e = jnp.where(groups.end_e > groups.start_e, (groups.end_e - 1) // strip - first_e + 1, 1)
@@ -325,23 +325,23 @@ def _outer_walk(groups: Groups, num_rows: int, strip: int) -> tuple[_OuterWalk, 
     step = jnp.arange(num_strips + num_groups)
     group = jnp.minimum(jnp.sum(step[:, None] >= end_e, 1), num_groups - 1)
     nth = step - _take(end_e - visits_e, group)
-    walk = _OuterWalk(_take(first_e, group) + nth, group, nth == 0, step == _take(end_e, group) - 1, groups)
-    return jax.tree.map(lambda table: table.astype(jnp.int32), walk), end_e[-1].astype(jnp.int32)
+    steps = OuterSteps(_take(first_e, group) + nth, group, nth == 0, step == _take(end_e, group) - 1, groups)
+    return jax.tree.map(lambda table: table.astype(jnp.int32), steps), end_e[-1].astype(jnp.int32)
 
 
-def _outer_products(
+def outer_products(
     rows_RD: Array, others_RF: Array, groups: Groups, num_groups: int, interpret: bool = False
 ) -> Array:
     """Returns the sum over each group's rows of `outer(row, other)`, [e, D, F]; zeros for groups without rows."""
     (num_rows, depth), width, dtype = rows_RD.shape, others_RF.shape[1], rows_RD.dtype
     t = tiles.outer_tiles(num_rows, num_groups, depth, width, dtype.itemsize)
-    walk, num_steps = _outer_walk(groups, num_rows, t.strip)
+    steps, num_steps = list_outer_steps(groups, num_rows, t.strip)
 
-    def kernel(walk, rows, others, result, sums):
+    def kernel(steps, rows, others, result, sums):
         step = pl.program_id(2)
-        top, group = walk.strip[step] * t.strip, walk.group[step]
-        first = jnp.maximum(walk.groups.start_e[group] - top, 0)
-        end = jnp.minimum(walk.groups.end_e[group] - top, t.strip)
+        top, group = steps.strip[step] * t.strip, steps.group[step]
+        first = jnp.maximum(steps.groups.start_e[group] - top, 0)
+        end = jnp.minimum(steps.groups.end_e[group] - top, t.strip)
         start = first // tiles.ALIGNMENT * tiles.ALIGNMENT
 
         def add_block(i):
@@ -350,14 +350,14 @@ def _outer_products(
             row = at + lax.broadcasted_iota(jnp.int32, (t.big, 1), 0)
             own = (row >= jnp.maximum(first, start + i * t.big)) & (row < end)
             x, y = (jnp.where(own, ref[pl.ds(at, t.big), :], 0) for ref in (rows, others))
-            is_first = (walk.opens[step] == 1) & (i == 0)
+            is_first = (steps.opens[step] == 1) & (i == 0)
             sums[...] = jnp.where(is_first, 0.0, sums[...]) + _dot(x, y, ((0,), (0,)))
 
         _for(jnp.where(end > first, pl.cdiv(end - start, t.big), 0), add_block)
 
-        @pl.when(walk.closes[step] == 1)
+        @pl.when(steps.closes[step] == 1)
         def _store():
-            has_rows = walk.groups.end_e[group] > walk.groups.start_e[group]
+            has_rows = steps.groups.end_e[group] > steps.groups.start_e[group]
             result[...] = jnp.where(has_rows, sums[...], 0.0).astype(dtype)
 
     num_local = groups.start_e.shape[0]
@@ -367,10 +367,10 @@ def _outer_products(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(depth, t.depth), pl.cdiv(width, t.cols), num_steps),
             in_specs=[
-                pl.BlockSpec((t.strip, t.depth), lambda i, j, step, walk: (walk.strip[step], i)),
-                pl.BlockSpec((t.strip, t.cols), lambda i, j, step, walk: (walk.strip[step], j)),
+                pl.BlockSpec((t.strip, t.depth), lambda i, j, step, steps: (steps.strip[step], i)),
+                pl.BlockSpec((t.strip, t.cols), lambda i, j, step, steps: (steps.strip[step], j)),
             ],
-            out_specs=pl.BlockSpec((None, t.depth, t.cols), lambda i, j, step, walk: (walk.group[step], i, j)),
+            out_specs=pl.BlockSpec((None, t.depth, t.cols), lambda i, j, step, steps: (steps.group[step], i, j)),
             scratch_shapes=[pltpu.VMEM((t.depth, t.cols), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((num_local, depth, width), dtype),
@@ -383,29 +383,29 @@ def _outer_products(
             transcendentals=0,
         ),
         interpret=INTERPRET if interpret else False,
-        name="grouped_outer_products",
-    )(walk, rows_RD, others_RF)
+        name="groupedouter_products",
+    )(steps, rows_RD, others_RF)
 
 
-def _itself(product: Array) -> list[Array]:
+def itself(product: Array) -> list[Array]:
     return [product]
 
 
-def _swiglu(gate: Array, up: Array) -> list[Array]:
+def swiglu(gate: Array, up: Array) -> list[Array]:
     return [jax.nn.silu(gate) * up]
 
 
-def _swiglu_and_parts(gate: Array, up: Array) -> list[Array]:
-    return [*_swiglu(gate, up), gate, up]
+def swiglu_and_parts(gate: Array, up: Array) -> list[Array]:
+    return [*swiglu(gate, up), gate, up]
 
 
-def _sum(first: Array, second: Array) -> list[Array]:
+def add(first: Array, second: Array) -> list[Array]:
     return [first + second]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped_matmul(rows_RD, weights_eDF, groups, num_groups, interpret):
-    return _multiply([rows_RD], [weights_eDF], groups, num_groups, _itself, interpret=interpret)[0]
+    return multiply([rows_RD], [weights_eDF], groups, num_groups, itself, interpret=interpret)[0]
 
 
 def _grouped_matmul_forward(rows_RD, weights_eDF, groups, num_groups, interpret):
@@ -416,20 +416,20 @@ def _grouped_matmul_forward(rows_RD, weights_eDF, groups, num_groups, interpret)
 def _grouped_matmul_backward(num_groups, interpret, residuals, d_out_RF):
     rows_RD, weights_eDF, groups = residuals
     static = dict(num_groups=num_groups, interpret=interpret)
-    (d_rows_RD,) = _multiply([d_out_RF], [weights_eDF], groups, finish=_itself, transposed=True, **static)
+    (d_rows_RD,) = multiply([d_out_RF], [weights_eDF], groups, finish=itself, transposed=True, **static)
     if isinstance(weights_eDF, QuantizedArray):
         return d_rows_RD, None, None
-    return d_rows_RD, _outer_products(rows_RD, d_out_RF, groups, **static), None
+    return d_rows_RD, outer_products(rows_RD, d_out_RF, groups, **static), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, num_groups, interpret):
-    return _multiply([rows_RD], [gate_eDF, up_eDF], groups, num_groups, _swiglu, interpret=interpret)[0]
+    return multiply([rows_RD], [gate_eDF, up_eDF], groups, num_groups, swiglu, interpret=interpret)[0]
 
 
 def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups, num_groups, interpret):
-    out_RF, gate_RF, up_RF = _multiply(
-        [rows_RD], [gate_eDF, up_eDF], groups, num_groups, _swiglu_and_parts, num_results=3, interpret=interpret
+    out_RF, gate_RF, up_RF = multiply(
+        [rows_RD], [gate_eDF, up_eDF], groups, num_groups, swiglu_and_parts, num_results=3, interpret=interpret
     )
     return out_RF, (rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF)
 
@@ -437,12 +437,12 @@ def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups, num_groups, inter
 def _grouped_swiglu_backward(num_groups, interpret, residuals, d_out_RF):
     rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF = residuals
     static = dict(num_groups=num_groups, interpret=interpret)
-    _, backward = jax.vjp(_swiglu, gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32))
+    _, backward = jax.vjp(swiglu, gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32))
     d_gate_RF, d_up_RF = (d.astype(rows_RD.dtype) for d in backward([d_out_RF.astype(jnp.float32)]))
-    (d_rows_RD,) = _multiply([d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, finish=_sum, transposed=True, **static)
+    (d_rows_RD,) = multiply([d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, finish=add, transposed=True, **static)
     if isinstance(gate_eDF, QuantizedArray):
         return d_rows_RD, None, None, None
-    d_gate_eDF, d_up_eDF = (_outer_products(rows_RD, d_RF, groups, **static) for d_RF in (d_gate_RF, d_up_RF))
+    d_gate_eDF, d_up_eDF = (outer_products(rows_RD, d_RF, groups, **static) for d_RF in (d_gate_RF, d_up_RF))
     return d_rows_RD, d_gate_eDF, d_up_eDF, None
 
 
