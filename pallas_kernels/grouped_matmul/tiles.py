@@ -103,12 +103,12 @@ def row_tiles(
     big, small = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     room = limits.vmem_bytes * 7 // 8 - fixed_bytes  # the rest is for the compiler: sums that leave the registers
     best = None
-    for cols in (limits.cols, limits.cols // 2):
+    for cols in (limits.cols, limits.cols // 2, limits.cols // 4):
         cols = num_cols if num_cols < 128 else max(min(cols, round_down(num_cols, 128)), 128)
         strip = (room - column_bytes * cols) // (2 * (row_bytes + out_bytes * cols))
-        strip = min(round_down(strip, big), limits.strip)
-        if strip >= big and (best is None or strip > best.strip):
-            best = RowTiles(strip, big, small, cols)
+        strip = min(round_down(strip, big if strip >= big else small), limits.strip)
+        if strip >= small and (best is None or strip > best.strip):
+            best = RowTiles(strip, min(big, strip), small, cols)
         if best is not None and best.strip >= min(_WORTHWHILE_STRIP, num_rows):
             break
     if best is None:

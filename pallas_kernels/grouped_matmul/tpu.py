@@ -140,9 +140,7 @@ def multiply(
     num_cores = tiles.chip().num_cores if num_cols % tiles.chip().num_cores == 0 else 1
     num_cols //= num_cores
     steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols)
-    tile_shape = (t.cols, depth) if transposed else (depth, t.cols)
-    if isinstance(weights[0], QuantizedArray):
-        rows_per_scale = weights[0].shape[1] // weights[0].scales.shape[1]
+    quantized = isinstance(weights[0], QuantizedArray)
 
     def rows_index(core, step, steps):
         return steps.rows_strip[step], 0
@@ -180,20 +178,16 @@ def multiply(
             def _decode():
                 first_col = (pl.program_id(0) * num_cols + steps.weight_cols[step]) * t.cols
                 for weight, tile in zip(weights, decoded, strict=True):
-                    if _scales_sums(weight, transposed):
-                        tile[...] = weight.values[...].astype(dtype)
-                    else:
-                        _decode_tile(weight, tile, first_col if transposed else 0, rows_per_scale)
+                    _decode_tile(weight, tile, first_col, width)
 
         def multiply_block(at, size):
             at = pl.multiple_of(at, tiles.ALIGNMENT)
             block = pl.ds(at, size)
-            products = []
-            for x, weight in zip(rows * (len(weights) // len(rows)), weights, strict=True):
-                tile = decoded[len(products)] if decoded else weight
-                product = _dot(x[block, :], tile[...], ((1,), (1 if transposed else 0,)))
-                products.append(product * weight.scales[...] if _scales_sums(weight, transposed) else product)
-            finished = [result.astype(dtype) for result in finish(*products)]
+            products = [
+                _product(x[block, :], tile, transposed)
+                for x, tile in zip(rows * (len(weights) // len(rows)), decoded or weights, strict=True)
+            ]
+            finished = [value.astype(dtype) for value in finish(*products)]
             within = (at >= first) & (at + size <= end)
 
             @pl.when(within)
@@ -217,7 +211,6 @@ def multiply(
             num_small -= num_big * (t.big // t.small)
             _for(num_small, lambda i: multiply_block(jnp.minimum(rest + i * t.small, t.strip - t.small), t.small))
 
-    num_decoded = len(weights) if isinstance(weights[0], QuantizedArray) else 0
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     return pl.pallas_call(
         kernel,
@@ -229,7 +222,7 @@ def multiply(
                 [weights_spec(weight) for weight in weights],
             ],
             out_specs=[[pl.BlockSpec((t.strip, t.cols), result_index)] * num_results],
-            scratch_shapes=[[pltpu.VMEM(tile_shape, dtype)] * num_decoded],
+            scratch_shapes=[[pltpu.VMEM((t.cols, depth), dtype)] * len(weights) if transposed and quantized else []],
         ),
         out_shape=[[jax.ShapeDtypeStruct((num_rows, width), dtype)] * num_results],
         compiler_params=pltpu.CompilerParams(
@@ -248,20 +241,21 @@ def multiply(
 def row_tiles_for(
     rows: list[Array], weights: list[Array | QuantizedArray], num_groups: int, transposed: bool, num_results: int
 ) -> tiles.RowTiles | None:
+    """Returns the tiles of `multiply` for these operands, None if nothing fits."""
     (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
     width = weights[0].shape[1 if transposed else 2]
-    column_bytes = fixed_bytes = 0
+    column_bytes = scale_bytes = 0
     for weight in weights:
         column_bytes += 2 * depth * tiles.bits(weight.dtype) // 8
         if isinstance(weight, QuantizedArray):
-            column_bytes += depth * itemsize
-            scale_rows = tiles.round_up(weight.scales.shape[1], 8)
-            if transposed:
-                fixed_bytes += 2 * 4 * scale_rows * depth
-            else:
-                column_bytes += 2 * 4 * scale_rows
+            column_bytes += depth * itemsize if transposed else 0
+            scale_bytes += 2 * 4 * tiles.round_up(weight.scales.shape[1], 8) * (depth if transposed else 1)
+        if itemsize == 4:
+            column_bytes += 3 * 2 * depth  # the compiler multiplies float32 as three bfloat16 parts
+    if not transposed:
+        column_bytes, scale_bytes = column_bytes + scale_bytes, 0
     return tiles.row_tiles(
-        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, fixed_bytes
+        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, scale_bytes
     )
 
 
@@ -275,19 +269,37 @@ def _for(count: Array, body: Callable[[Array], None]) -> None:
     lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
-def _scales_sums(weight: Array | QuantizedArray, transposed: bool) -> bool:
-    """Returns whether scales can wait until after the product: one per result column."""
-    return isinstance(weight, QuantizedArray) and not transposed and weight.scales.shape[0] == 1
+def _product(x: Array, weight: Array | QuantizedArray, transposed: bool) -> Array:
+    """Returns the float32 product of a block of rows and a tile of weights.
+
+    Scales of quantised weights multiply the sums, [rows, cols] per scale. Decoding each number in every block costs no
+    time: the vector units do it while the matrix units wait for the weights or work.
+    """
+    if transposed:
+        return _dot(x, weight[...], ((1,), (1,)))
+    if not isinstance(weight, QuantizedArray):
+        return _dot(x, weight[...], ((1,), (0,)))
+    num_scales = weight.scales.shape[0]
+    chunk = x.shape[1] // num_scales
+    product = 0.0
+    for nth in range(num_scales):
+        part = slice(nth * chunk, (nth + 1) * chunk)
+        sums = _dot(x[:, part], weight.values[part, :].astype(x.dtype), ((1,), (0,)))
+        product += sums * weight.scales[nth : nth + 1, :]
+    return product
 
 
-def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array | int, rows_per_scale: int) -> None:
-    """Writes a tile of quantised weights as numbers of the rows' dtype.
+def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array, num_rows: int) -> None:
+    """Writes rows of a quantised matrix as numbers of the tile's dtype: where the scales lie on the contracted axis.
 
     Args:
-        first_row: where the tile's first row lies in the matrix; the scales are those of the whole matrix.
-        rows_per_scale: rows of the matrix that share a scale.
+        weight: values of the tile, scales of all rows.
+        first_row: which row of the matrix is the tile's first.
+        num_rows: rows of the matrix.
     """
-    chunk, num_scales = math.gcd(rows_per_scale, tile.shape[0]), weight.scales.shape[0]
+    num_scales = weight.scales.shape[0]
+    rows_per_scale = num_rows // num_scales
+    chunk = math.gcd(rows_per_scale, tile.shape[0])
 
     def decode(i):
         rows = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
