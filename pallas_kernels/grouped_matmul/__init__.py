@@ -1,34 +1,46 @@
 """Routed expert matmuls: rows sorted by expert times that expert's matrix. No expert computes a row it was not given.
 
 The groups are ragged: `group_sizes_E[e]` rows belong to expert e, in order. Groups may be empty, one group may hold
-every row, and rows after the last group (padding, or rows of experts that live elsewhere) belong to nobody.
+every row, and rows after the last group (padding) belong to nobody. Where experts are spread over devices, a device
+passes the sizes of all groups, the matrices it holds and the number of the first of them: rows of the other groups
+are nobody's here.
 """
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch, register
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.quantized import QuantizedArray
 
+register("grouped_matmul", "pallas", tpu.grouped_matmul, tpu.refuse)
 register("grouped_matmul", "xla", xla.grouped_matmul)
+register("grouped_matmul", "interpret", tpu.interpreted_grouped_matmul, tpu.refuse_interpreted)
 register("grouped_matmul", "reference", reference.grouped_matmul)
+register("grouped_swiglu", "pallas", tpu.grouped_swiglu, tpu.refuse)
 register("grouped_swiglu", "xla", xla.grouped_swiglu)
+register("grouped_swiglu", "interpret", tpu.interpreted_grouped_swiglu, tpu.refuse_interpreted)
 register("grouped_swiglu", "reference", reference.grouped_swiglu)
 
 
 def grouped_matmul(
     rows_RD: Float[Array, "R D"],
-    weights_EDF: Float[Array, "E D F"],
+    weights_eDF: Float[Array, "e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
+    group_offset: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R F"]:
-    """Returns `rows_RD[r] @ weights_EDF[expert of r]` for every row.
+    """Returns `rows_RD[r] @ weights_eDF[expert of r]` for every row.
 
-    Differentiable in rows and weights.
+    Differentiable in rows and weights; quantised weights are constants, gradients to the rows pass through them.
 
     Args:
         rows_RD: rows sorted by expert, float32 or bfloat16.
-        weights_EDF: one matrix per expert, in the dtype of the rows.
-        group_sizes_E: number of rows of each expert; their sum is at most R. Rows after the sum give zeros.
+        weights_eDF: one matrix per expert, in the dtype of the rows, or a `QuantizedArray` with scales [e, G, F]:
+            G = 1, or groups along D. It stands for `weights_eDF.dequantize(rows_RD.dtype)`.
+        group_sizes_E: number of rows of each expert; their sum is at most R. Rows after the sum give zeros, whatever
+            they hold.
+        group_offset: the expert of `weights_eDF[0]`, where only `e` of the E experts are held here; it may be traced.
+            Rows of experts that are not held here give zeros. None: all experts are here.
         implementation: "auto", or a name from `dispatch.implementations("grouped_matmul")`.
 
     Returns:
@@ -37,31 +49,48 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes disagree, or the named implementation cannot serve the call.
     """
-    _check(rows_RD, group_sizes_E, weights=weights_EDF)
-    return dispatch("grouped_matmul", implementation, rows_RD, weights_EDF, group_sizes_E)
+    _check(rows_RD, group_sizes_E, group_offset, weights=weights_eDF)
+    return dispatch("grouped_matmul", implementation, rows_RD, weights_eDF, group_sizes_E, group_offset)
 
 
 def grouped_swiglu(
     rows_RD: Float[Array, "R D"],
-    gate_EDF: Float[Array, "E D F"],
-    up_EDF: Float[Array, "E D F"],
+    gate_eDF: Float[Array, "e D F"] | QuantizedArray,
+    up_eDF: Float[Array, "e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
+    group_offset: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R F"]:
     """Returns `silu(rows @ gate) * (rows @ up)` with each row's own expert, in one pass over the rows.
 
-    Arguments, result and errors are those of `grouped_matmul`; the activation is computed in float32.
+    Arguments, result and errors are those of `grouped_matmul`; the activation is computed in float32. Both matrices
+    have one shape, and one scheme when quantised.
     """
-    _check(rows_RD, group_sizes_E, gate=gate_EDF, up=up_EDF)
-    return dispatch("grouped_swiglu", implementation, rows_RD, gate_EDF, up_EDF, group_sizes_E)
+    _check(rows_RD, group_sizes_E, group_offset, gate=gate_eDF, up=up_eDF)
+    return dispatch("grouped_swiglu", implementation, rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset)
 
 
-def _check(rows_RD: Array, group_sizes_E: Array, **weights: Array) -> None:
+def _check(rows_RD: Array, group_sizes_E: Array, group_offset, **weights: Array | QuantizedArray) -> None:
+    (_, D), (E,) = rows_RD.shape, group_sizes_E.shape
+    first, *others = weights.values()
     for name, weight in weights.items():
-        if weight.ndim != 3 or weight.shape[:2] != (group_sizes_E.shape[0], rows_RD.shape[1]):
+        e = weight.shape[0]
+        if weight.ndim != 3 or weight.shape[1] != D or (e != E if group_offset is None else e > E):
             raise ValueError(
-                f"{name} has shape {weight.shape}; with {group_sizes_E.shape[0]} groups and rows of shape "
-                f"{rows_RD.shape} it must be [{group_sizes_E.shape[0]}, {rows_RD.shape[1]}, F]"
+                f"{name} has shape {weight.shape}; with {E} groups and rows of shape {rows_RD.shape} it must be "
+                f"[{E if group_offset is None else f'at most {E}'}, {D}, F]"
             )
-        if weight.dtype != rows_RD.dtype:
+        if isinstance(weight, QuantizedArray):
+            (_, _, F), (e_scales, G, F_scales) = weight.shape, weight.scales.shape
+            if (e_scales, F_scales) != (e, F) or D % G:
+                raise ValueError(f"{name} has scales of shape {weight.scales.shape}; expected [{e}, G, {F}], G | {D}")
+        elif weight.dtype != rows_RD.dtype:
             raise ValueError(f"{name} is {weight.dtype} but rows are {rows_RD.dtype}; cast one of them")
+    for other in others:
+        if _scheme(other) != _scheme(first):
+            raise ValueError(f"{' and '.join(weights)} differ: {_scheme(first)} and {_scheme(other)}")
+
+
+def _scheme(weight: Array | QuantizedArray) -> tuple:
+    scales = weight.scales.shape if isinstance(weight, QuantizedArray) else None
+    return weight.shape, weight.dtype, scales

@@ -4,18 +4,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantized import QuantizedArray
 
-def _expert_of_row(num_rows: int, group_sizes_E: Int[Array, " E"]) -> Int[Array, " R"]:
-    """Returns the expert that owns each row; E for the rows after the last group."""
+
+def _local_expert_of_row(
+    num_rows: int, group_sizes_E: Int[Array, " E"], group_offset: int | Int[Array, ""] | None
+) -> Int[Array, " R"]:
+    """Returns the expert that owns each row, counted from the first one held here: others are below 0 or too large."""
     group_ends_E = jnp.cumsum(group_sizes_E)
-    return jnp.searchsorted(group_ends_E, jnp.arange(num_rows), side="right")
+    owner_R = jnp.searchsorted(group_ends_E, jnp.arange(num_rows), side="right")
+    return owner_R if group_offset is None else owner_R - group_offset
 
 
 def grouped_matmul(
-    rows_RD: Float[Array, "R D"], weights_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
+    rows_RD: Float[Array, "R D"],
+    weights_EDF: Float[Array, "e D F"] | QuantizedArray,
+    group_sizes_E: Int[Array, " E"],
+    group_offset: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "R F"]:
-    owner_R = _expert_of_row(rows_RD.shape[0], group_sizes_E)
-    owned_R1 = (owner_R < weights_EDF.shape[0])[:, None]
+    if isinstance(weights_EDF, QuantizedArray):
+        weights_EDF = jax.lax.stop_gradient(weights_EDF.dequantize(jnp.float32))
+    owner_R = _local_expert_of_row(rows_RD.shape[0], group_sizes_E, group_offset)
+    owned_R1 = ((owner_R >= 0) & (owner_R < weights_EDF.shape[0]))[:, None]
     rows_RD_f32 = jnp.where(owned_R1, rows_RD, 0).astype(jnp.float32)
     products_ERF = jnp.einsum(
         "RD,EDF->ERF", rows_RD_f32, weights_EDF.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -26,11 +36,12 @@ def grouped_matmul(
 
 def grouped_swiglu(
     rows_RD: Float[Array, "R D"],
-    gate_EDF: Float[Array, "E D F"],
-    up_EDF: Float[Array, "E D F"],
+    gate_EDF: Float[Array, "e D F"] | QuantizedArray,
+    up_EDF: Float[Array, "e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
+    group_offset: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "R F"]:
     rows_RD_f32 = rows_RD.astype(jnp.float32)
-    gate_RF = grouped_matmul(rows_RD_f32, gate_EDF, group_sizes_E)
-    up_RF = grouped_matmul(rows_RD_f32, up_EDF, group_sizes_E)
+    gate_RF = grouped_matmul(rows_RD_f32, gate_EDF, group_sizes_E, group_offset)
+    up_RF = grouped_matmul(rows_RD_f32, up_EDF, group_sizes_E, group_offset)
     return (jax.nn.silu(gate_RF) * up_RF).astype(rows_RD.dtype)

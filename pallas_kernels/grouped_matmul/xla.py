@@ -1,6 +1,6 @@
 """Routed expert matmuls by XLA alone, made for CPU: a loop over the groups that have rows, and over their row blocks.
 
-A group's matrix is sliced once; its rows go through in big blocks and the remainder in small ones, so few padding rows
+A group's matrix is sliced once, and dequantised if need be (never more than one group's at a time); its rows go through in big blocks and the remainder in small ones, so few padding rows
 are computed. Trip counts are dynamic: an empty group costs nothing, and its weights are never read. A dynamic loop has
 no reverse mode, so the gradients are written out, as the same kind of loop.
 
@@ -18,7 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+<<<<<<< HEAD
 from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
+=======
+from pallas_kernels.grouped_matmul.groups import Groups, local_groups
+from pallas_kernels.quantized import QuantizedArray
+from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
+>>>>>>> kernels-gmm
+
+Matrices = Float[Array, "e _ _"] | QuantizedArray
 
 
 def block_sizes(num_rows: int, num_groups: int, dtype: jnp.dtype) -> tuple[int, int]:
@@ -47,30 +55,28 @@ def block_counts(group_sizes_E: Int[Array, " E"], big: int, small: int) -> tuple
     return num_big_E, (rest_E + small - 1) // small
 
 
-class _Groups(NamedTuple):
+class _Cuts(NamedTuple):
     """Where each group's rows lie and how they are cut into blocks."""
 
     blocks: tuple[int, int]
-    start_E: Int[Array, " E"]
-    end_E: Int[Array, " E"]
-    num_big_E: Int[Array, " E"]
-    num_small_E: Int[Array, " E"]
+    groups: Groups
+    num_big_e: Int[Array, " e"]
+    num_small_e: Int[Array, " e"]
 
 
-def _cut(group_sizes_E: Int[Array, " E"], num_rows: int, dtype: jnp.dtype) -> _Groups:
-    blocks = block_sizes(num_rows, group_sizes_E.shape[0], dtype)
-    end_E = jnp.cumsum(group_sizes_E)
-    return _Groups(blocks, end_E - group_sizes_E, end_E, *block_counts(group_sizes_E, *blocks))
+def _cut(groups: Groups, num_rows: int, dtype: jnp.dtype) -> _Cuts:
+    blocks = block_sizes(num_rows, groups.start_e.shape[0], dtype)
+    return _Cuts(blocks, groups, *block_counts(groups.end_e - groups.start_e, *blocks))
 
 
-def _for_each_block(groups: _Groups, group: Array, visit: Callable, carry):
+def _for_each_block(cuts: _Cuts, group: Array, visit: Callable, carry):
     """Runs `carry = visit(carry, block, first, end)` over the group's blocks: rows first..end-1, at most `block`."""
-    start, end, (big, small) = groups.start_E[group], groups.end_E[group], groups.blocks
-    num_big = groups.num_big_E[group]
+    start, end, (big, small) = cuts.groups.start_e[group], cuts.groups.end_e[group], cuts.blocks
+    num_big = cuts.num_big_e[group]
     carry = lax.fori_loop(0, num_big, lambda i, carry: visit(carry, big, start + i * big, end), carry)
     rest = start + num_big * big
     return lax.fori_loop(
-        0, groups.num_small_E[group], lambda i, carry: visit(carry, small, rest + i * small, end), carry
+        0, cuts.num_small_e[group], lambda i, carry: visit(carry, small, rest + i * small, end), carry
     )
 
 
@@ -84,21 +90,33 @@ def _locate(num_rows: int, block: int, first: Array, end: Array) -> tuple[Array,
     return at, ((row >= first) & (row < end))[:, None]
 
 
+def _own_matrix(matrices: Matrices, group: Array, dtype: jnp.dtype) -> Float[Array, "_ _"]:
+    """Returns one group's matrix, to compute with in `dtype`."""
+
+    def read(array):
+        return read_slice(array, (group, 0, 0), (1, *array.shape[1:]))
+
+    if isinstance(matrices, QuantizedArray):
+        return jax.tree.map(read, matrices).dequantize(dtype)[0]
+    return read(matrices)[0]
+
+
 def _map_blocks(
     compute: Callable[..., list[Array]],
     rows: list[Float[Array, "R _"]],
-    matrices: list[Float[Array, "E _ _"]],
-    group_sizes_E: Int[Array, " E"],
+    matrices: list[Matrices],
+    groups: Groups,
     widths: list[int],
 ) -> list[Float[Array, "R _"]]:
     """Returns `compute(*blocks of rows, *the group's matrices)` for all rows, one array per output width."""
     dtype, num_rows = rows[0].dtype, rows[0].shape[0]
-    groups = _cut(group_sizes_E, num_rows, dtype)
-    with_rows_E = jnp.argsort(group_sizes_E == 0, stable=True)
+    cuts = _cut(groups, num_rows, dtype)
+    has_rows_e = groups.end_e > groups.start_e
+    with_rows_e = jnp.argsort(~has_rows_e, stable=True)
 
     def visit_group(i, outs):
-        group = with_rows_E[i]
-        own = [read_slice(m, (group, 0, 0), (1, *m.shape[1:]))[0] for m in matrices]
+        group = with_rows_e[i]
+        own = [_own_matrix(m, group, dtype) for m in matrices]
 
         def visit_block(outs, block, first, end):
             at, owned = _locate(num_rows, block, first, end)
@@ -110,27 +128,26 @@ def _map_blocks(
                 written.append(lax.dynamic_update_slice(out, merged, (at, 0)))
             return written
 
-        return _for_each_block(groups, group, visit_block, outs)
+        return _for_each_block(cuts, group, visit_block, outs)
 
     outs = [to_bits(own_zeros((num_rows, width), dtype, rows[0])) for width in widths]
-    outs = lax.fori_loop(0, jnp.sum(group_sizes_E > 0), visit_group, outs)
+    outs = lax.fori_loop(0, jnp.sum(has_rows_e), visit_group, outs)
     return [from_bits(out, dtype) for out in outs]
 
 
 def _outer_products(
-    rows_RD: Float[Array, "R D"], others: list[Float[Array, "R F"]], group_sizes_E: Int[Array, " E"]
-) -> list[Float[Array, "E D F"]]:
+    rows_RD: Float[Array, "R D"], others: list[Float[Array, "R F"]], groups: Groups
+) -> list[Float[Array, "e D F"]]:
     """Returns the sum over each group's rows of `outer(row, other)`, for each of the others: weight gradients.
 
     A product is as large as a matrix of weights, so the cost is to write it: one block takes a whole group as a rule,
     and only groups far above the mean add further ones.
     """
-    dtype, (num_rows, num_groups) = rows_RD.dtype, (rows_RD.shape[0], group_sizes_E.shape[0])
+    dtype, num_rows, num_groups = rows_RD.dtype, rows_RD.shape[0], groups.start_e.shape[0]
     block = min(math.ceil(5 * num_rows / (32 * num_groups)) * 8, 128, num_rows)
-    end_E = jnp.cumsum(group_sizes_E)
 
     def visit_group(group, outs):
-        start, end = end_E[group] - group_sizes_E[group], end_E[group]
+        start, end = groups.start_e[group], groups.end_e[group]
 
         def products(first):
             at, owned = _locate(num_rows, block, first, end)
@@ -166,74 +183,92 @@ def _dot(subscripts: str, rows: Array, other: Array) -> Array:
     return jnp.einsum(subscripts, rows, other, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _grouped_matmul(
-    rows_RD: Float[Array, "R D"], weights_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
-) -> Float[Array, "R F"]:
-    def compute(block_RD, weights_DF):
-        return [_dot("RD,DF->RF", block_RD, weights_DF)]
-
-    (out_RF,) = _map_blocks(compute, [rows_RD], [weights_EDF], group_sizes_E, [weights_EDF.shape[2]])
-    return out_RF
-
-
-def _grouped_matmul_forward(rows_RD, weights_EDF, group_sizes_E):
-    return _grouped_matmul(rows_RD, weights_EDF, group_sizes_E), (rows_RD, weights_EDF, group_sizes_E)
-
-
-def _grouped_matmul_backward(residuals, d_out_RF):
-    rows_RD, weights_EDF, group_sizes_E = residuals
-
-    def compute(d_out_RF, weights_DF):
-        return [_dot("RF,DF->RD", d_out_RF, weights_DF)]
-
-    (d_rows_RD,) = _map_blocks(compute, [d_out_RF], [weights_EDF], group_sizes_E, [rows_RD.shape[1]])
-    (d_weights_EDF,) = _outer_products(rows_RD, [d_out_RF], group_sizes_E)
-    return d_rows_RD, d_weights_EDF, None
-
-
-@jax.custom_vjp
-def _grouped_swiglu(
-    rows_RD: Float[Array, "R D"],
-    gate_EDF: Float[Array, "E D F"],
-    up_EDF: Float[Array, "E D F"],
-    group_sizes_E: Int[Array, " E"],
-) -> Float[Array, "R F"]:
-    def compute(block_RD, gate_DF, up_DF):
-        return [_swiglu(_dot("RD,DF->RF", block_RD, gate_DF), _dot("RD,DF->RF", block_RD, up_DF))]
-
-    (out_RF,) = _map_blocks(compute, [rows_RD], [gate_EDF, up_EDF], group_sizes_E, [gate_EDF.shape[2]])
-    return out_RF
-
-
 def _swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
 
-def _grouped_swiglu_forward(rows_RD, gate_EDF, up_EDF, group_sizes_E):
+@jax.custom_vjp
+def _grouped_matmul(rows_RD: Float[Array, "R D"], weights_eDF: Matrices, groups: Groups) -> Float[Array, "R F"]:
+    def compute(block_RD, weights_DF):
+        return [_dot("RD,DF->RF", block_RD, weights_DF)]
+
+    (out_RF,) = _map_blocks(compute, [rows_RD], [weights_eDF], groups, [weights_eDF.shape[2]])
+    return out_RF
+
+
+def _grouped_matmul_forward(rows_RD, weights_eDF, groups):
+    return _grouped_matmul(rows_RD, weights_eDF, groups), (rows_RD, weights_eDF, groups)
+
+
+def _grouped_matmul_backward(residuals, d_out_RF):
+    rows_RD, weights_eDF, groups = residuals
+
+    def compute(d_out_RF, weights_DF):
+        return [_dot("RF,DF->RD", d_out_RF, weights_DF)]
+
+    (d_rows_RD,) = _map_blocks(compute, [d_out_RF], [weights_eDF], groups, [rows_RD.shape[1]])
+    if isinstance(weights_eDF, QuantizedArray):
+        return d_rows_RD, None, None
+    (d_weights_eDF,) = _outer_products(rows_RD, [d_out_RF], groups)
+    return d_rows_RD, d_weights_eDF, None
+
+
+@jax.custom_vjp
+def _grouped_swiglu(
+    rows_RD: Float[Array, "R D"], gate_eDF: Matrices, up_eDF: Matrices, groups: Groups
+) -> Float[Array, "R F"]:
+    def compute(block_RD, gate_DF, up_DF):
+        return [_swiglu(_dot("RD,DF->RF", block_RD, gate_DF), _dot("RD,DF->RF", block_RD, up_DF))]
+
+    (out_RF,) = _map_blocks(compute, [rows_RD], [gate_eDF, up_eDF], groups, [gate_eDF.shape[2]])
+    return out_RF
+
+
+def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups):
     def compute(block_RD, gate_DF, up_DF):
         return [_dot("RD,DF->RF", block_RD, gate_DF), _dot("RD,DF->RF", block_RD, up_DF)]
 
-    width = gate_EDF.shape[2]
-    gate_RF, up_RF = _map_blocks(compute, [rows_RD], [gate_EDF, up_EDF], group_sizes_E, [width, width])
+    width = gate_eDF.shape[2]
+    gate_RF, up_RF = _map_blocks(compute, [rows_RD], [gate_eDF, up_eDF], groups, [width, width])
     out_RF = _swiglu(gate_RF, up_RF).astype(rows_RD.dtype)
-    return out_RF, (rows_RD, gate_EDF, up_EDF, group_sizes_E, gate_RF, up_RF)
+    return out_RF, (rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF)
 
 
 def _grouped_swiglu_backward(residuals, d_out_RF):
-    rows_RD, gate_EDF, up_EDF, group_sizes_E, gate_RF, up_RF = residuals
+    rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF = residuals
     _, backward = jax.vjp(lambda gate, up: _swiglu(gate, up).astype(d_out_RF.dtype), gate_RF, up_RF)
     d_gate_RF, d_up_RF = backward(d_out_RF)
 
     def compute(d_gate_RF, d_up_RF, gate_DF, up_DF):
         return [_dot("RF,DF->RD", d_gate_RF, gate_DF) + _dot("RF,DF->RD", d_up_RF, up_DF)]
 
-    (d_rows_RD,) = _map_blocks(compute, [d_gate_RF, d_up_RF], [gate_EDF, up_EDF], group_sizes_E, [rows_RD.shape[1]])
-    d_gate_EDF, d_up_EDF = _outer_products(rows_RD, [d_gate_RF, d_up_RF], group_sizes_E)
-    return d_rows_RD, d_gate_EDF, d_up_EDF, None
+    (d_rows_RD,) = _map_blocks(compute, [d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, [rows_RD.shape[1]])
+    if isinstance(gate_eDF, QuantizedArray):
+        return d_rows_RD, None, None, None
+    d_gate_eDF, d_up_eDF = _outer_products(rows_RD, [d_gate_RF, d_up_RF], groups)
+    return d_rows_RD, d_gate_eDF, d_up_eDF, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 _grouped_swiglu.defvjp(_grouped_swiglu_forward, _grouped_swiglu_backward)
-grouped_matmul = jax.jit(_grouped_matmul)
-grouped_swiglu = jax.jit(_grouped_swiglu)
+
+
+@jax.jit
+def grouped_matmul(
+    rows_RD: Float[Array, "R D"],
+    weights_eDF: Matrices,
+    group_sizes_E: Int[Array, " E"],
+    group_offset: int | Int[Array, ""] | None = None,
+) -> Float[Array, "R F"]:
+    return _grouped_matmul(rows_RD, weights_eDF, local_groups(group_sizes_E, group_offset, weights_eDF.shape[0]))
+
+
+@jax.jit
+def grouped_swiglu(
+    rows_RD: Float[Array, "R D"],
+    gate_eDF: Matrices,
+    up_eDF: Matrices,
+    group_sizes_E: Int[Array, " E"],
+    group_offset: int | Int[Array, ""] | None = None,
+) -> Float[Array, "R F"]:
+    return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, local_groups(group_sizes_E, group_offset, gate_eDF.shape[0]))

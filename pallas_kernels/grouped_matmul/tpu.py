@@ -1,0 +1,495 @@
+"""Routed expert matmuls on TPU: two kernels, rows times weights (`multiply`) and outer products (`outer_products`).
+
+`multiply` serves the forward pass and, with the weights contracted along F, the gradient to the rows.
+
+- Tiled: rows into strips of up to 2048, result columns into tiles of 512. The contracted axis is never cut, so sums stay
+  in the product and no accumulator goes back and forth.
+- Grid: (cores, steps). A step is one (strip, column tile, group) with rows in common, listed by `list_steps`; nothing else
+  is visited. Strips change slowest and groups fastest: a strip is read once, its result tile is written once, and each
+  group's weights are read once per strip in which the group has rows.
+- In VMEM, all twice for the pipeline: the strip [strip, D], one tile per weight [D, cols], the result [strip, cols].
+- A step multiplies only the rows of its group, in blocks that start at the group's first row (rounded down to 16), so
+  at most 15 rows and part of the last block are computed in vain; a block at a group's edge keeps its neighbours' rows.
+- Bytes: rows, results and weights once, plus the weights of a group again for each strip boundary inside of it. R=8192
+  in 16 equal groups on v6e (strips of 2048): no weight twice; shifted groups: 19 of 16 readings. In decoding the strip
+  is all rows, and the weights of groups without rows stay where they are.
+
+`outer_products` makes weight gradients: tiles [2560, 2048] of the result stay in VMEM while the rows of the group
+pass, as one float32 sum; grid (row tiles of the result, its column tiles, steps), a step being a (strip, group) pair.
+Bytes: the result once, rows times F / 2048, gradients of the result times D / 2560.
+
+Quantised weights travel as they are and become the rows' dtype inside: a scale per output channel multiplies the sums,
+others the tile. The backward pass of SwiGLU reads gate and up as the forward pass saved them, 2 * R * F numbers
+(recomputing them costs a third more multiplications, and rematerialised layers hold them only for a moment);
+the element-wise part between the kernels is left to XLA, which makes one pass of it.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.groups import Groups, local_groups
+from pallas_kernels.quantized import QuantizedArray
+from pallas_kernels.tpu import INTERPRET, refuse_platform
+
+
+class Steps(NamedTuple):
+    """What each step of `multiply` does: scalars that the grid reads ahead of time.
+
+    Attributes:
+        strip: strip of the result.
+        rows_strip: strip of the rows; lags or leads where the result strip has no group, to read nothing for zeros.
+        cols: column tile of the result.
+        weight_cols: column tile of the weights; lags or leads likewise.
+        group: whose weights.
+        clears: whether the step is the first of its result tile, and must zero it as it has rows of nobody.
+        groups: rows of each group.
+    """
+
+    strip: Int[Array, " S"]
+    rows_strip: Int[Array, " S"]
+    cols: Int[Array, " S"]
+    weight_cols: Int[Array, " S"]
+    group: Int[Array, " S"]
+    clears: Int[Array, " S"]
+    groups: Groups
+
+
+def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[Steps, Int[Array, ""]]:
+    """Returns the steps of `multiply`, and how many of them there are.
+
+    Strips change slowest; inside a strip columns, inside a column the groups that have rows in the strip. A strip
+    without groups is visited too, once per column, to be zeroed.
+    """
+    num_groups, num_strips = groups.start_e.shape[0], pl.cdiv(num_rows, strip)
+    has_rows_e = groups.end_e > groups.start_e
+    first_row = jnp.min(jnp.where(has_rows_e, groups.start_e, num_rows))
+    end_row = jnp.max(jnp.where(has_rows_e, groups.end_e, 0))
+    nth_e = jnp.cumsum(has_rows_e) - 1  # among the groups that have rows
+
+    top_s = jnp.arange(num_strips) * strip
+    bottom_s = jnp.minimum(top_s + strip, num_rows)
+    first_s = jnp.sum(has_rows_e & (groups.end_e <= top_s[:, None]), 1)
+    num_groups_s = jnp.sum(has_rows_e & (groups.start_e < bottom_s[:, None]), 1) - first_s
+    owned_s = jnp.minimum(bottom_s, end_row) - jnp.maximum(top_s, first_row)
+    visits_s = jnp.maximum(num_groups_s, 1)
+    end_s = jnp.cumsum(visits_s * num_cols)
+
+    step = jnp.arange((num_strips + num_groups - 1) * num_cols)
+    strip_of = jnp.minimum(jnp.sum(step[:, None] >= end_s, 1), num_strips - 1)
+    visits = _take(visits_s, strip_of)
+    visit = step - _take(end_s, strip_of) + visits * num_cols
+    cols, nth = visit // visits, visit % visits
+    wanted = jnp.minimum(_take(first_s, strip_of) + nth, nth_e[-1])
+    group = jnp.sum(jnp.where(has_rows_e & (nth_e == wanted[:, None]), jnp.arange(num_groups), 0), 1)
+
+    # Where a strip has no group, name the blocks of the next step or the last one that has: nothing is read for it.
+    first_strip, last_strip = first_row // strip, jnp.maximum(end_row - 1, 0) // strip
+    waiting_cols = jnp.where(strip_of < first_strip, 0, num_cols - 1)
+    steps = Steps(
+        strip=strip_of,
+        rows_strip=jnp.clip(strip_of, jnp.minimum(first_strip, last_strip), last_strip),
+        cols=cols,
+        weight_cols=jnp.where(_take(num_groups_s, strip_of) > 0, cols, waiting_cols),
+        group=group,
+        clears=(nth == 0) & (_take(owned_s - (bottom_s - top_s), strip_of) != 0),
+        groups=groups,
+    )
+    return jax.tree.map(lambda table: table.astype(jnp.int32), steps), end_s[-1].astype(jnp.int32)
+
+
+def _take(table_s: Int[Array, " s"], index: Int[Array, " S"]) -> Int[Array, " S"]:
+    """Returns `table_s[index]` by comparison: for tables this small a TPU is faster so."""
+    return jnp.sum(jnp.where(index[:, None] == jnp.arange(table_s.shape[0]), table_s, 0), 1)
+
+
+def multiply(
+    rows: list[Array],
+    weights: list[Array | QuantizedArray],
+    groups: Groups,
+    num_groups: int,
+    finish: Callable[..., list[Array]],
+    transposed: bool = False,
+    num_results: int = 1,
+    interpret: bool = False,
+) -> list[Array]:
+    """Returns `finish(*products)` of every row with its group's weights; rows of no group give zeros.
+
+    Args:
+        rows: [R, depth]; one array for all weights, or one for each.
+        weights: [e, depth, width], or [e, width, depth] if transposed.
+        groups: the rows of the e groups.
+        num_groups: groups that share the rows, whether here or elsewhere.
+        finish: takes float32 products, one per weight, to a list of results; element-wise.
+        transposed: see weights.
+        num_results: length of that list.
+    """
+    (num_rows, depth), dtype = rows[0].shape, rows[0].dtype
+    width = weights[0].shape[1 if transposed else 2]
+    t = row_tiles_for(rows, weights, num_groups, transposed, num_results)
+    num_cols = pl.cdiv(width, t.cols)
+    num_cores = tiles.chip().num_cores if num_cols % tiles.chip().num_cores == 0 else 1
+    num_cols //= num_cores
+    steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols)
+    quantized = isinstance(weights[0], QuantizedArray)
+
+    def rows_index(core, step, steps):
+        return steps.rows_strip[step], 0
+
+    def result_index(core, step, steps):
+        return steps.strip[step], core * num_cols + steps.cols[step]
+
+    def weights_index(core, step, steps):
+        cols = core * num_cols + steps.weight_cols[step]
+        return (steps.group[step], cols, 0) if transposed else (steps.group[step], 0, cols)
+
+    def scales_index(core, step, steps):
+        return (steps.group[step], 0, 0) if transposed else weights_index(core, step, steps)
+
+    def weights_spec(weight):
+        if isinstance(weight, QuantizedArray):
+            scales = pl.BlockSpec((None, weight.scales.shape[1], depth if transposed else t.cols), scales_index)
+            return QuantizedArray(weights_spec(weight.values), scales)
+        return pl.BlockSpec((None, t.cols, depth) if transposed else (None, depth, t.cols), weights_index)
+
+    def kernel(steps, rows, weights, results, decoded):
+        step = pl.program_id(1)
+        top, group = steps.strip[step] * t.strip, steps.group[step]
+        first = jnp.maximum(steps.groups.start_e[group] - top, 0)
+        end = jnp.minimum(steps.groups.end_e[group] - top, t.strip)
+
+        @pl.when(steps.clears[step] == 1)
+        def _clear():
+            for result in results:
+                result[...] = jnp.zeros_like(result)
+
+        if decoded:
+
+            @pl.when(end > first)
+            def _decode():
+                first_col = (pl.program_id(0) * num_cols + steps.weight_cols[step]) * t.cols
+                for weight, tile in zip(weights, decoded, strict=True):
+                    _decode_tile(weight, tile, first_col, width)
+
+        def multiply_block(at, size):
+            at = pl.multiple_of(at, tiles.ALIGNMENT)
+            block = pl.ds(at, size)
+            products = [
+                _product(x[block, :], tile, transposed)
+                for x, tile in zip(rows * (len(weights) // len(rows)), decoded or weights, strict=True)
+            ]
+            finished = [value.astype(dtype) for value in finish(*products)]
+            within = (at >= first) & (at + size <= end)
+
+            @pl.when(within)
+            def _store():
+                for result, value in zip(results, finished, strict=True):
+                    result[block, :] = value
+
+            @pl.when(~within)
+            def _store_own_rows():
+                row = at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+                own = (row >= first) & (row < end)
+                for result, value in zip(results, finished, strict=True):
+                    result[block, :] = jnp.where(own, value, result[block, :])
+
+        start = first // tiles.ALIGNMENT * tiles.ALIGNMENT
+        num_small = jnp.where(end > first, pl.cdiv(end - start, t.small), 0)
+        num_big = num_small // (t.big // t.small)
+        _for(num_big, lambda i: multiply_block(jnp.minimum(start + i * t.big, t.strip - t.big), t.big))
+        if t.small < t.big:
+            rest = start + num_big * t.big
+            num_small -= num_big * (t.big // t.small)
+            _for(num_small, lambda i: multiply_block(jnp.minimum(rest + i * t.small, t.strip - t.small), t.small))
+
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(num_cores, num_steps),
+            in_specs=[
+                [pl.BlockSpec((t.strip, depth), rows_index) for _ in rows],
+                [weights_spec(weight) for weight in weights],
+            ],
+            out_specs=[[pl.BlockSpec((t.strip, t.cols), result_index)] * num_results],
+            scratch_shapes=[[pltpu.VMEM((t.cols, depth), dtype)] * len(weights) if transposed and quantized else []],
+        ),
+        out_shape=[[jax.ShapeDtypeStruct((num_rows, width), dtype)] * num_results],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.chip().vmem_bytes
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * depth * width * len(weights),
+            bytes_accessed=(len(rows) * depth + num_results * width) * num_rows * dtype.itemsize + weight_bytes,
+            transcendentals=0,
+        ),
+        interpret=INTERPRET if interpret else False,
+        name="grouped_rows_times_weights",
+    )(steps, rows, weights)[0]
+
+
+def row_tiles_for(
+    rows: list[Array], weights: list[Array | QuantizedArray], num_groups: int, transposed: bool, num_results: int
+) -> tiles.RowTiles | None:
+    """Returns the tiles of `multiply` for these operands, None if nothing fits."""
+    (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
+    width = weights[0].shape[1 if transposed else 2]
+    column_bytes = scale_bytes = 0
+    for weight in weights:
+        column_bytes += 2 * depth * tiles.bits(weight.dtype) // 8
+        if isinstance(weight, QuantizedArray):
+            column_bytes += depth * itemsize if transposed else 0
+            scale_bytes += 2 * 4 * tiles.round_up(weight.scales.shape[1], 8) * (depth if transposed else 1)
+        if itemsize == 4:
+            column_bytes += 3 * 2 * depth  # the compiler multiplies float32 as three bfloat16 parts
+    if not transposed:
+        column_bytes, scale_bytes = column_bytes + scale_bytes, 0
+    return tiles.row_tiles(
+        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, scale_bytes
+    )
+
+
+def _dot(x: Array, y: Array, contracting: tuple[tuple[int], tuple[int]]) -> Array:
+    """Returns the product with float32 sums; float32 operands are not rounded to bfloat16 on the way."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(x, y, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _for(count: Array, body: Callable[[Array], None]) -> None:
+    lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
+def _product(x: Array, weight: Array | QuantizedArray, transposed: bool) -> Array:
+    """Returns the float32 product of a block of rows and a tile of weights.
+
+    Scales of quantised weights multiply the sums, [rows, cols] per scale. Decoding each number in every block costs no
+    time: the vector units do it while the matrix units wait for the weights or work.
+    """
+    if transposed:
+        return _dot(x, weight[...], ((1,), (1,)))
+    if not isinstance(weight, QuantizedArray):
+        return _dot(x, weight[...], ((1,), (0,)))
+    num_scales = weight.scales.shape[0]
+    chunk = x.shape[1] // num_scales
+    product = 0.0
+    for nth in range(num_scales):
+        part = slice(nth * chunk, (nth + 1) * chunk)
+        sums = _dot(x[:, part], weight.values[part, :].astype(x.dtype), ((1,), (0,)))
+        product += sums * weight.scales[nth : nth + 1, :]
+    return product
+
+
+def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array, num_rows: int) -> None:
+    """Writes rows of a quantised matrix as numbers of the tile's dtype: where the scales lie on the contracted axis.
+
+    Args:
+        weight: values of the tile, scales of all rows.
+        first_row: which row of the matrix is the tile's first.
+        num_rows: rows of the matrix.
+    """
+    num_scales = weight.scales.shape[0]
+    rows_per_scale = num_rows // num_scales
+    chunk = math.gcd(rows_per_scale, tile.shape[0])
+
+    def decode(i):
+        rows = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+        nth = jnp.minimum((first_row + i * chunk) // rows_per_scale, num_scales - 1)
+        values = weight.values[rows, :].astype(jnp.float32)
+        tile[rows, :] = (values * weight.scales[pl.ds(nth, 1), :]).astype(tile.dtype)
+
+    _for(tile.shape[0] // chunk, decode)
+
+
+class OuterSteps(NamedTuple):
+    """What each step of `outer_products` does.
+
+    Attributes:
+        strip: strip of the rows.
+        group: whose result.
+        opens: whether the step is the first of its group.
+        closes: whether it is the last.
+        groups: rows of each group.
+    """
+
+    strip: Int[Array, " S"]
+    group: Int[Array, " S"]
+    opens: Int[Array, " S"]
+    closes: Int[Array, " S"]
+    groups: Groups
+
+
+def list_outer_steps(groups: Groups, num_rows: int, strip: int) -> tuple[OuterSteps, Int[Array, ""]]:
+    """Returns the steps of `outer_products` and their number: the strips of each group, one for a group without rows."""
+    num_groups, num_strips = groups.start_e.shape[0], pl.cdiv(num_rows, strip)
+    first_e = jnp.minimum(groups.start_e // strip, num_strips - 1)
+    visits_e = jnp.where(groups.end_e > groups.start_e, (groups.end_e - 1) // strip - first_e + 1, 1)
+    end_e = jnp.cumsum(visits_e)
+    step = jnp.arange(num_strips + num_groups)
+    group = jnp.minimum(jnp.sum(step[:, None] >= end_e, 1), num_groups - 1)
+    nth = step - _take(end_e - visits_e, group)
+    steps = OuterSteps(_take(first_e, group) + nth, group, nth == 0, step == _take(end_e, group) - 1, groups)
+    return jax.tree.map(lambda table: table.astype(jnp.int32), steps), end_e[-1].astype(jnp.int32)
+
+
+def outer_products(
+    rows_RD: Array, others_RF: Array, groups: Groups, num_groups: int, interpret: bool = False
+) -> Array:
+    """Returns the sum over each group's rows of `outer(row, other)`, [e, D, F]; zeros for groups without rows."""
+    (num_rows, depth), width, dtype = rows_RD.shape, others_RF.shape[1], rows_RD.dtype
+    t = tiles.outer_tiles(num_rows, num_groups, depth, width, dtype.itemsize)
+    steps, num_steps = list_outer_steps(groups, num_rows, t.strip)
+
+    def kernel(steps, rows, others, result, sums):
+        step = pl.program_id(2)
+        top, group = steps.strip[step] * t.strip, steps.group[step]
+        first = jnp.maximum(steps.groups.start_e[group] - top, 0)
+        end = jnp.minimum(steps.groups.end_e[group] - top, t.strip)
+        start = first // tiles.ALIGNMENT * tiles.ALIGNMENT
+
+        def add_block(i):
+            # The last block starts early enough to fit; what the one before it has seen is masked.
+            at = pl.multiple_of(jnp.minimum(start + i * t.big, t.strip - t.big), tiles.ALIGNMENT)
+            row = at + lax.broadcasted_iota(jnp.int32, (t.big, 1), 0)
+            own = (row >= jnp.maximum(first, start + i * t.big)) & (row < end)
+            x, y = (jnp.where(own, ref[pl.ds(at, t.big), :], 0) for ref in (rows, others))
+            is_first = (steps.opens[step] == 1) & (i == 0)
+            sums[...] = jnp.where(is_first, 0.0, sums[...]) + _dot(x, y, ((0,), (0,)))
+
+        _for(jnp.where(end > first, pl.cdiv(end - start, t.big), 0), add_block)
+
+        @pl.when(steps.closes[step] == 1)
+        def _store():
+            has_rows = steps.groups.end_e[group] > steps.groups.start_e[group]
+            result[...] = jnp.where(has_rows, sums[...], 0.0).astype(dtype)
+
+    num_local = groups.start_e.shape[0]
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(depth, t.depth), pl.cdiv(width, t.cols), num_steps),
+            in_specs=[
+                pl.BlockSpec((t.strip, t.depth), lambda i, j, step, steps: (steps.strip[step], i)),
+                pl.BlockSpec((t.strip, t.cols), lambda i, j, step, steps: (steps.strip[step], j)),
+            ],
+            out_specs=pl.BlockSpec((None, t.depth, t.cols), lambda i, j, step, steps: (steps.group[step], i, j)),
+            scratch_shapes=[pltpu.VMEM((t.depth, t.cols), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_local, depth, width), dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tiles.chip().vmem_bytes
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * depth * width,
+            bytes_accessed=(num_rows * (depth + width) + num_local * depth * width) * dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=INTERPRET if interpret else False,
+        name="groupedouter_products",
+    )(steps, rows_RD, others_RF)
+
+
+def itself(product: Array) -> list[Array]:
+    return [product]
+
+
+def swiglu(gate: Array, up: Array) -> list[Array]:
+    return [jax.nn.silu(gate) * up]
+
+
+def swiglu_and_parts(gate: Array, up: Array) -> list[Array]:
+    return [*swiglu(gate, up), gate, up]
+
+
+def add(first: Array, second: Array) -> list[Array]:
+    return [first + second]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(rows_RD, weights_eDF, groups, num_groups, interpret):
+    return multiply([rows_RD], [weights_eDF], groups, num_groups, itself, interpret=interpret)[0]
+
+
+def _grouped_matmul_forward(rows_RD, weights_eDF, groups, num_groups, interpret):
+    out_RF = _grouped_matmul(rows_RD, weights_eDF, groups, num_groups, interpret)
+    return out_RF, (rows_RD, weights_eDF, groups)
+
+
+def _grouped_matmul_backward(num_groups, interpret, residuals, d_out_RF):
+    rows_RD, weights_eDF, groups = residuals
+    static = dict(num_groups=num_groups, interpret=interpret)
+    (d_rows_RD,) = multiply([d_out_RF], [weights_eDF], groups, finish=itself, transposed=True, **static)
+    if isinstance(weights_eDF, QuantizedArray):
+        return d_rows_RD, None, None
+    return d_rows_RD, outer_products(rows_RD, d_out_RF, groups, **static), None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, num_groups, interpret):
+    return multiply([rows_RD], [gate_eDF, up_eDF], groups, num_groups, swiglu, interpret=interpret)[0]
+
+
+def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups, num_groups, interpret):
+    out_RF, gate_RF, up_RF = multiply(
+        [rows_RD], [gate_eDF, up_eDF], groups, num_groups, swiglu_and_parts, num_results=3, interpret=interpret
+    )
+    return out_RF, (rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF)
+
+
+def _grouped_swiglu_backward(num_groups, interpret, residuals, d_out_RF):
+    rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF = residuals
+    static = dict(num_groups=num_groups, interpret=interpret)
+    _, backward = jax.vjp(swiglu, gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32))
+    d_gate_RF, d_up_RF = (d.astype(rows_RD.dtype) for d in backward([d_out_RF.astype(jnp.float32)]))
+    (d_rows_RD,) = multiply([d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, finish=add, transposed=True, **static)
+    if isinstance(gate_eDF, QuantizedArray):
+        return d_rows_RD, None, None, None
+    d_gate_eDF, d_up_eDF = (outer_products(rows_RD, d_RF, groups, **static) for d_RF in (d_gate_RF, d_up_RF))
+    return d_rows_RD, d_gate_eDF, d_up_eDF, None
+
+
+_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+_grouped_swiglu.defvjp(_grouped_swiglu_forward, _grouped_swiglu_backward)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def grouped_matmul(rows_RD, weights_eDF, group_sizes_E, group_offset=None, interpret=False):
+    groups = local_groups(group_sizes_E, group_offset, weights_eDF.shape[0])
+    return _grouped_matmul(rows_RD, weights_eDF, groups, group_sizes_E.shape[0], interpret)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def grouped_swiglu(rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset=None, interpret=False):
+    groups = local_groups(group_sizes_E, group_offset, gate_eDF.shape[0])
+    return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, group_sizes_E.shape[0], interpret)
+
+
+interpreted_grouped_matmul = functools.partial(grouped_matmul, interpret=True)
+interpreted_grouped_swiglu = functools.partial(grouped_swiglu, interpret=True)
+
+
+def refuse(rows_RD, *weights_and_groups) -> str | None:
+    """Returns why the kernels cannot serve a call, None if they can."""
+    return refuse_platform() or refuse_interpreted(rows_RD, *weights_and_groups)
+
+
+def refuse_interpreted(rows_RD, *weights_and_groups) -> str | None:
+    """Returns why the kernels cannot serve a call on any platform."""
+    *weights, group_sizes_E, _ = weights_and_groups
+    if rows_RD.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"rows are {rows_RD.dtype}, not float32 or bfloat16"
+    if isinstance(weights[0], QuantizedArray) and weights[0].scales.shape[1] > 1:
+        group_size = weights[0].shape[1] // weights[0].scales.shape[1]
+        if group_size % 32:
+            return f"scales for groups of {group_size} rows: tiles of 8-bit numbers need a multiple of 32"
+    return None
