@@ -18,13 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-<<<<<<< HEAD
-from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
-=======
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
->>>>>>> kernels-gmm
 
 Matrices = Float[Array, "e _ _"] | QuantizedArray
 

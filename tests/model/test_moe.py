@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from l4jax import ops
 from l4jax.model.moe import MixtureOfExperts
 from tests.oracle import small_config
 
@@ -13,6 +14,23 @@ from tests.oracle import small_config
 def layer(top_k: int) -> MixtureOfExperts:
     text = small_config("small-scout", num_experts_per_tok=top_k).text_config
     return MixtureOfExperts(text, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+def run(moe: MixtureOfExperts, x, bias=None, valid=None):
+    """The layer on rows [M, D], as one batch of M tokens."""
+    valid = jnp.ones((1, len(x)), bool) if valid is None else valid[None]
+    out, load = moe(x[None], valid, bias)
+    return out[0], load
+
+
+def shared(moe: MixtureOfExperts, x):
+    return moe.shared_expert(x[None])[0]
+
+
+def experts(moe: MixtureOfExperts, x, index):
+    """Expert `index[m]` of row m, unscaled."""
+    weights = (p[...] for p in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj))
+    return ops.routed_experts(x[None], index[None, :, None], jnp.ones((1, len(x), 1)), *weights)[0][0]
 
 
 def rows(seed: int, count: int):
@@ -29,14 +47,14 @@ def by_the_formula(moe: MixtureOfExperts, x: np.ndarray, top_k: int) -> np.ndarr
     gate, up, down = (
         np.asarray(p[...], np.float64) for p in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj)
     )
-    shared = [
+    always = [
         np.asarray(p.kernel[...], np.float64)
         for p in (moe.shared_expert.gate_proj, moe.shared_expert.up_proj, moe.shared_expert.down_proj)
     ]
     out = np.zeros(x.shape)
     for i, token in enumerate(x.astype(np.float64)):
         logits = token @ router
-        out[i] = (silu(token @ shared[0]) * (token @ shared[1])) @ shared[2]
+        out[i] = (silu(token @ always[0]) * (token @ always[1])) @ always[2]
         for e in np.argsort(-logits)[:top_k]:
             scaled = token / (1 + np.exp(-logits[e]))
             out[i] += (silu(scaled @ gate[e]) * (scaled @ up[e])) @ down[e]
@@ -46,39 +64,42 @@ def by_the_formula(moe: MixtureOfExperts, x: np.ndarray, top_k: int) -> np.ndarr
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_output_and_load_follow_the_formula(top_k):
     moe, x = layer(top_k), rows(0, 33)
-    out, load = jax.jit(lambda x: moe(x))(x)
+    out, load = jax.jit(lambda x: run(moe, x))(x)
     np.testing.assert_allclose(out, by_the_formula(moe, np.asarray(x), top_k), rtol=0, atol=1e-5)
     assert load.sum() == 33 * top_k
 
 
 def test_the_score_multiplies_the_input_not_the_output():
     moe, x = layer(1), rows(1, 5)
-    routed = np.asarray(moe(x)[0] - moe.shared_expert(x))
-    scores = 1 / (1 + np.exp(-np.asarray(moe.router(x)).max(1)))
-    expert = np.asarray(moe.router(x)).argmax(1)
-    unscaled = np.stack(
-        [
-            np.asarray(moe.experts(x[i : i + 1], jnp.bincount(e[None], length=4)))[0]
-            for i, e in enumerate(jnp.asarray(expert))
-        ]
-    )
+    routed = np.asarray(run(moe, x)[0] - shared(moe, x))
+    logits = np.asarray(moe.router(x[None]))[0]
+    scores = 1 / (1 + np.exp(-logits.max(1)))
+    unscaled = np.asarray(experts(moe, x, jnp.asarray(logits.argmax(1))))
     assert np.abs(routed - scores[:, None] * unscaled).max() > 0.05 * np.abs(routed).max()
 
 
 def test_a_token_does_not_depend_on_its_batch():
     moe, x = layer(1), rows(2, 16)
-    whole = np.asarray(moe(x)[0])
-    np.testing.assert_allclose(moe(x[3:4])[0], whole[3:4], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(moe(x[::-1])[0][::-1], whole, rtol=0, atol=2e-6)
+    whole = np.asarray(run(moe, x)[0])
+    np.testing.assert_allclose(run(moe, x[3:4])[0], whole[3:4], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(run(moe, x[::-1])[0][::-1], whole, rtol=0, atol=2e-6)
+
+
+def test_padding_is_sent_to_no_expert():
+    moe, x, valid = layer(2), rows(2, 16), jnp.arange(16) < 11
+    out, load = run(moe, x, valid=valid)
+    assert load.sum() == 22
+    np.testing.assert_allclose(out[:11], run(moe, x)[0][:11], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out[11:], shared(moe, x)[11:], rtol=0, atol=2e-6)
 
 
 def test_the_bias_moves_the_choice_and_not_the_score():
     moe, x = layer(1), rows(3, 9)
     bias = jnp.array([0.0, 0.0, 100.0, 0.0])
-    out, load = moe(x, bias)
+    out, load = run(moe, x, bias)
     np.testing.assert_array_equal(load, [0, 0, 9, 0])
-    score = jax.nn.sigmoid(moe.router(x)[:, 2:3])
-    expected = moe.shared_expert(x) + moe.experts(x * score, load)
+    score = jax.nn.sigmoid(moe.router(x[None])[0, :, 2:3])
+    expected = shared(moe, x) + experts(moe, x * score, jnp.full(9, 2))
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
 
 
@@ -88,17 +109,17 @@ def test_gradients_equal_those_of_the_dense_formula():
     graphdef, state = nnx.split(moe)
 
     def sparse(state, x):
-        return jnp.sin(nnx.merge(graphdef, state)(x)[0]).sum()
+        return jnp.sin(run(nnx.merge(graphdef, state), x)[0]).sum()
 
     def dense(state, x):
         moe = nnx.merge(graphdef, state)
-        logits = moe.router(x)
+        logits = moe.router(x[None])[0]
         best, chosen = jax.lax.top_k(logits, 2)
         scores = jnp.zeros_like(logits).at[jnp.arange(12)[:, None], chosen].set(jax.nn.sigmoid(best))
         rows = x[None] * scores.T[:, :, None]
         gate, up, down = (p[...] for p in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj))
         hidden = jax.nn.silu(jnp.einsum("EMD,EDF->EMF", rows, gate)) * jnp.einsum("EMD,EDF->EMF", rows, up)
-        return jnp.sin(moe.shared_expert(x) + jnp.einsum("EMF,EFD->MD", hidden, down)).sum()
+        return jnp.sin(shared(moe, x) + jnp.einsum("EMF,EFD->MD", hidden, down)).sum()
 
     ours, theirs = (jax.jit(jax.grad(f, argnums=(0, 1)))(state, x) for f in (sparse, dense))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
