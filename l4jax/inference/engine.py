@@ -19,7 +19,6 @@ from l4jax.config import Llama4Config
 from l4jax.inference.options import SamplingOptions
 from l4jax.inference.sampling import RowOptions, sample
 from l4jax.model.cache import Cache
-from l4jax.sharding import constrain
 
 PIECE = 2048
 """Tokens; longer prompts are read piece by piece, which bounds the memory of activations."""
@@ -188,7 +187,7 @@ class Engine:
         return self._model(params)(ids, segment_ids=segment_ids, image_features=features)[0]
 
     def _empty_cache_step(self, params, batch_size: int) -> Cache:
-        return shard_cache(self._model(params).init_cache(batch_size, self.max_len))
+        return self._model(params).init_cache(batch_size, self.max_len)
 
     def _prefill_step(self, params, cache, ids, length, features):
         """One piece [1, T], of which the first `length` tokens count."""
@@ -196,7 +195,7 @@ class Engine:
         logits, cache = self._model(params)(
             ids, segment_ids=segment_ids, image_features=features, cache=cache, logits_at=length[None] - 1
         )
-        return logits[:, 0], shard_cache(cache)
+        return logits[:, 0], cache
 
     def _start_step(self, params, row_cache, logits, seen, options, batch_size: int, num_top: int):
         # jit hands on an argument that it returns unchanged: a batch of one needs no second cache.
@@ -224,7 +223,7 @@ class Engine:
         drawn = draw(logits, state.seen, state.options, state.steps, num_top)
         rows, newly_seen = jnp.arange(len(active)), jnp.where(active, drawn.tokens, logits.shape[1])
         state = DecodeState(
-            cache=shard_cache(cache),
+            cache=cache,
             tokens=jnp.where(active, drawn.tokens, state.tokens),
             seen=state.seen.at[rows, newly_seen].set(True, mode="drop"),
             steps=state.steps + active,
@@ -272,13 +271,6 @@ def put_row(cache: Cache, row_cache: Cache, row) -> Cache:
 def take_features(features: Float[Array, "R D"], start: Int[Array, ""], count: int) -> Float[Array, "T D"]:
     """Returns `count` rows from `start` on; past the end the last one, which nobody reads."""
     return jnp.take(features, start + jnp.arange(count), axis=0, mode="clip")
-
-
-def shard_cache(cache: Cache) -> Cache:
-    """Returns `cache` laid over the mesh: rows like the batch, heads like the weights that make them."""
-    return replace(
-        cache, layers=jax.tree.map(lambda x: constrain(x, None, "batch", None, "kv_heads", None), cache.layers)
-    )
 
 
 def bucket_size(count: int, smallest: int = 1) -> int:

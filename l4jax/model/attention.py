@@ -6,6 +6,7 @@ positions and segment ids in every mode: training, prefill in pieces, decoding.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,16 @@ from jaxtyping import Array, Float, Int
 
 from l4jax import ops
 from l4jax.config import TextConfig
-from l4jax.model.cache import LayerCache, cached_positions
+from l4jax.model.cache import LayerCache
 from l4jax.model.linear import Linear
 from l4jax.model.norm import rms_normalize
 from l4jax.model.rope import rotate, text_angles
+from l4jax.sharding import constrain
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, meta_fields=["aligned", "balanced"], data_fields=[
+    "positions", "segment_ids", "cos", "sin", "temperature", "cached_lengths"
+])  # fmt: skip
 @dataclass(frozen=True)
 class Tokens:
     """What every layer needs to know about the tokens besides their vectors; computed once a forward pass."""
@@ -34,13 +38,16 @@ class Tokens:
     temperature: Float[Array, "B T"]
     cached_lengths: Int[Array, "B"] | None
     """Tokens that the cache holds before these; None without a cache."""
+    aligned: bool = False
+    """Whether position p is the p-th token of every row."""
+    balanced: bool = False
+    """Whether rows that are split over devices lie in balanced order (`ops/attention.py`)."""
 
     @classmethod
-    def create(cls, config: TextConfig, positions, segment_ids, cached_lengths) -> "Tokens":
+    def create(cls, config: TextConfig, positions, segment_ids, cached_lengths, **layout: bool) -> "Tokens":
         angles = text_angles(config, positions)
-        return cls(
-            positions, segment_ids, jnp.cos(angles), jnp.sin(angles), temperature(config, positions), cached_lengths
-        )
+        cos, sin, factor = jnp.cos(angles), jnp.sin(angles), temperature(config, positions)
+        return cls(positions, segment_ids, cos, sin, factor, cached_lengths, **layout)
 
     @property
     def valid(self) -> Array:
@@ -75,7 +82,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], tokens: Tokens, cache: LayerCache | None, index: int | Array
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = constrain(self.q_proj(x), "batch", "length", "heads", None)
+        k, v = (constrain(project(x), "batch", "length", "kv_heads", None) for project in (self.k_proj, self.v_proj))
         if self.use_rope:
             q, k = rotate(q, tokens.cos, tokens.sin), rotate(k, tokens.cos, tokens.sin)
             if self.norm_epsilon is not None:
@@ -85,37 +93,36 @@ class Attention(nnx.Module):
             q = (q.astype(jnp.float32) * tokens.temperature[:, :, None, None]).astype(q.dtype)
 
         if cache is None:
-            positions = tokens.positions
-            out = self._attend(q, k, v, positions, positions, tokens.segment_ids, tokens.segment_ids)
+            out = self._attend(q, k, v, tokens, tokens.segment_ids)
         elif x.shape[1] == 1:
-            cache = cache.write(index, k, v, tokens.positions, tokens.valid)
+            cache = cache.write(index, k, v, tokens.positions, tokens.valid, self.chunk_size)
             lengths = jnp.where(tokens.valid, tokens.positions + 1, 0)[:, 0]
-            out = ops.decode_attention(q, cache.k[index], cache.v[index], lengths, chunk_size=self.chunk_size)
+            out = ops.decode_attention(q, cache.k, cache.v, index, lengths, self.chunk_size)
         else:
             out = self._prefill(q, k, v, tokens, cache, index)
-            cache = cache.write(index, k, v, tokens.positions, self._last_chunk(tokens))
+            cache = cache.write(index, k, v, tokens.positions, self._last_chunk(tokens), self.chunk_size)
         return self.o_proj(out), cache
 
-    def _attend(self, q, k, v, q_positions, kv_positions, q_segment_ids, kv_segment_ids, return_lse=False):
+    def _attend(self, q, k, v, tokens: Tokens, segment_ids, return_lse: bool = False):
         return ops.attention(
             q,
             k,
             v,
+            tokens.positions,
+            segment_ids,
             chunk_size=self.chunk_size,
-            q_positions=q_positions,
-            kv_positions=kv_positions,
-            q_segment_ids=q_segment_ids,
-            kv_segment_ids=kv_segment_ids,
+            aligned=tokens.aligned,
+            balanced=tokens.balanced,
             return_lse=return_lse,
         )
 
     def _prefill(self, q, k, v, tokens: Tokens, cache: LayerCache, index):
         """New tokens see what the cache holds and one another; the two parts merge by their log-sum-exp."""
-        q_segment_ids = tokens.valid.astype(jnp.int32)
-        cached_k, cached_v = cache.k[index].astype(k.dtype), cache.v[index].astype(v.dtype)
-        held, visible = cached_positions(tokens.cached_lengths, cached_k.shape[1], self.chunk_size)
-        past = self._attend(q, cached_k, cached_v, tokens.positions, held, q_segment_ids, visible, return_lse=True)
-        new = self._attend(q, k, v, tokens.positions, tokens.positions, q_segment_ids, q_segment_ids, return_lse=True)
+        segment_ids = tokens.valid.astype(jnp.int32)
+        past = ops.attention_to_slots(
+            q, cache.k, cache.v, index, tokens.positions, segment_ids, tokens.cached_lengths, self.chunk_size
+        )
+        new = self._attend(q, k, v, tokens, segment_ids, return_lse=True)
         out, _ = ops.merge_partial_attention([past[0], new[0]], [past[1], new[1]])
         return out
 

@@ -8,9 +8,9 @@ stale slots need no clearing. Keys are stored rotated and normalised, values raw
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l4jax import ops
 from l4jax.model.stack import Layers
 
 
@@ -22,14 +22,12 @@ class LayerCache:
     k: Float[Array, "C B S K H"]
     v: Float[Array, "C B S K H"]
 
-    def write(self, index, k, v, positions: Int[Array, "B T"], keep: Bool[Array, "B T"]) -> "LayerCache":
-        """Stores new keys and values [B, T, K, H] of layer `index`; tokens that are not to be kept go nowhere."""
-        num_slots = self.k.shape[2]
-        slots = jnp.where(keep, positions % num_slots, num_slots)
-        rows = jnp.arange(k.shape[0])[:, None]
+    def write(self, layer, k, v, positions: Int[Array, "B T"], keep: Bool[Array, "B T"], chunk_size: int | None):
+        """Returns the cache with new keys and values [B, T, K, H] of one layer; what is not to be kept goes nowhere."""
+        slots = positions % self.k.shape[2]
         return LayerCache(
-            k=self.k.at[index, rows, slots].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[index, rows, slots].set(v.astype(self.v.dtype), mode="drop"),
+            k=ops.write_slots(self.k, k, layer, slots, keep, chunk_size),
+            v=ops.write_slots(self.v, v, layer, slots, keep, chunk_size),
         )
 
 
@@ -46,12 +44,3 @@ class Cache:
         """Returns the cache of some of the rows, in the order given."""
         layers = jax.tree.map(lambda x: x[:, rows], self.layers)
         return replace(self, layers=layers, lengths=self.lengths[rows])
-
-
-def cached_positions(
-    lengths: Int[Array, "B"], num_slots: int, chunk_size: int | None
-) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """Returns the position that each slot holds and 1 where the next token of the row can still see it, else 0."""
-    start = jnp.zeros_like(lengths) if chunk_size is None else lengths // chunk_size * chunk_size
-    positions = start[:, None] + jnp.arange(num_slots, dtype=lengths.dtype)
-    return positions, (positions < lengths[:, None]).astype(jnp.int32)

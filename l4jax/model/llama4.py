@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from l4jax import ops
 from l4jax.config import Llama4Config
 from l4jax.model.attention import Tokens
 from l4jax.model.block import Block
@@ -123,10 +124,15 @@ class Llama4(nnx.Module):
         """
         text = self.config.text_config
         cached_lengths = None if cache is None else cache.lengths
+        aligned = cache is None and positions is None and segment_ids is None
         if positions is None:
             positions = default_positions(ids.shape, segment_ids, cached_lengths)
-        tokens = Tokens.create(text, positions, segment_ids, cached_lengths)
         x = self.embed(ids, self.encode_tiles(tiles) if tiles is not None else image_features)
+        balanced = cache is None and ops.is_balanced(ids.shape[1])
+        if balanced:
+            x, positions = ops.to_balanced(x, None), ops.to_balanced(positions)
+            segment_ids = None if segment_ids is None else ops.to_balanced(segment_ids)
+        tokens = Tokens.create(text, positions, segment_ids, cached_lengths, aligned=aligned, balanced=balanced)
 
         def apply(block, x, layer_cache, index, bias):
             return block(x, tokens, layer_cache, index, bias)
@@ -137,7 +143,8 @@ class Llama4(nnx.Module):
         if cache is not None:
             cache = Cache(layers, cache.lengths + tokens.valid.sum(axis=1, dtype=cache.lengths.dtype))
         load = [load for load in self.layers.flatten(loads) if load is not None]
-        return self.norm(x), cache, jnp.stack(load) if load else None
+        x = self.norm(x)
+        return ops.to_natural(x, None) if balanced else x, cache, jnp.stack(load) if load else None
 
     def encode_tiles(self, tiles: Float[Array, "n 3 S S"]) -> Float[Array, "R D"]:
         """Returns picture features in the width of the text: `tokens_per_tile` rows a tile, in order."""
@@ -162,7 +169,8 @@ class Llama4(nnx.Module):
             chunk = text.attention_chunk_size if text.uses_rope(layer) else None
             num_slots = max_len if chunk is None else min(chunk, max_len)
             shape = (num_layers, batch_size, num_slots, text.num_key_value_heads, text.head_dim)
-            return LayerCache(jnp.zeros(shape, dtype or self.dtype), jnp.zeros(shape, dtype or self.dtype))
+            zeros = constrain(jnp.zeros(shape, dtype or self.dtype), *ops.slot_axes(chunk))
+            return LayerCache(zeros, zeros)
 
         cycle = tuple(empty(p, stack.num_cycles) for p in range(len(stack.cycle)))
         tail = tuple(empty(layer, 1) for layer in range(stack.num_cycles * len(cycle), text.num_hidden_layers))

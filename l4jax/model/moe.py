@@ -1,8 +1,8 @@
 """The mixture of experts: a sigmoid router, routed experts, one shared expert.
 
 Only what the router chose is computed: rows are sorted by expert, multiplied group by group, and put back. Nothing is
-dropped. Across devices they travel to their experts and back (`ops/experts.py`). The router's score multiplies the expert's *input*, which is not the same as its output, for SwiGLU is not
-linear (HF `modeling_llama4.Llama4TextMoe`).
+dropped; across devices rows travel to their experts and back (`ops/experts.py`). The router's score multiplies the
+expert's *input*, which is not the same as its output, for SwiGLU is not linear (HF `modeling_llama4.Llama4TextMoe`).
 """
 
 import jax

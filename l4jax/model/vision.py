@@ -53,7 +53,7 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B X D"], cos, sin) -> Float[Array, "B X D"]:
         q, k, v = (constrain(p(x), "tile", None, "heads", None) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(ops.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=False))
+        return self.o_proj(ops.full_attention(rotate(q, cos, sin), rotate(k, cos, sin), v))
 
 
 class VisionMLP(nnx.Module):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from l4jax.model.cache import cached_positions
 from l4jax.model.llama4 import Llama4
+from l4jax.ops.cached import held_positions
 from tests.oracle import small_config
 
 CHUNK, LENGTH, PIECE = 8, 42, 24
@@ -141,7 +141,7 @@ def test_scanned_layers_decode_like_unrolled_ones():
 
 
 def test_cached_positions_of_a_chunked_layer_forget_the_last_chunk():
-    positions, visible = cached_positions(jnp.array([0, 5, 8, 19]), 8, 8)
+    positions, visible = held_positions(jnp.array([0, 5, 8, 19]), 0, 8, 8)
     np.testing.assert_array_equal(visible.sum(axis=1), [0, 5, 0, 3])
     np.testing.assert_array_equal(positions[3, :3], [16, 17, 18])
 
