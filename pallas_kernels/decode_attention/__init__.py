@@ -35,6 +35,10 @@ def decode_attention(
     - A ring, with `chunk_size`: slot s holds the newest position with `position % chunk_size == s`, and what lies
       before the chunk of p is hidden. The T new tokens must lie in one chunk (T = 1 always does).
 
+    A stack of caches [C, B, S, K, H], one for each layer, can be read in place as pages of a divisor of S: page i of
+    sequence b in layer c is page `(c * B + b) * (S // page_size) + i`. A slice of the stack would be a copy on TPUs,
+    whose kernels take whole arrays.
+
     A query whose position is negative (length 0: an idle row) returns zeros. What slots that no query sees hold does
     not matter, nor do entries of the page table for pages without such slots. Not differentiable: training uses
     `attention`.

@@ -201,6 +201,7 @@ def _kernel(layout: _Layout, num_queries: int, scale: float, newest_ref, used_re
         for words_ref, buffer in zip((k_words_ref, v_words_ref), buffers[:2], strict=True):
             words_ref[...] = _to_words(buffer[parity])
         scales = [_scales_of_columns(layout, buffer[parity], used) for buffer in buffers[2:]]
+        # The buffers are free: while this block is computed, two are on their way.
         blocks.fetch(parity)
 
         newest = newest_ref[row] - block * layout.block_slots
@@ -261,16 +262,20 @@ def _clear_unused(layout: _Layout, v_ref, used) -> None:
 
 def _scales_of_columns(layout: _Layout, scales_KS: Array, used) -> list[Array]:
     """Returns for each group one row [1, slots * heads] with the scale of each column; 0 after the used slots."""
-    lane, head = (lax.broadcasted_iota(jnp.int32, (layout.num_kv_heads, LANES), axis) for axis in (1, 0))
+    slot = lax.broadcasted_iota(jnp.int32, scales_KS.shape, 1)
+    scales_KS = jnp.where(slot < used, scales_KS, 0.0)
     heads = layout.group_heads
-    same_head = [group * heads + lane % heads == head for group in range(layout.num_groups)]
-    rows = [[] for _ in same_head]
+    if heads == 1:  # one head in all: columns are slots
+        return [scales_KS]
+    lane, head = (lax.broadcasted_iota(jnp.int32, (layout.num_kv_heads, LANES), axis) for axis in (1, 0))
+    rows = [[] for _ in range(layout.num_groups)]
     for first in range(0, layout.block_slots, LANES):
-        some_KL = jnp.where(first + lane < used, scales_KS[:, first : first + LANES], 0.0)
         for part in range(heads):  # LANES slots have `heads * LANES` columns
-            repeated_KL = jnp.take_along_axis(some_KL, (part * LANES + lane) // heads, axis=1)
-            for group, same in enumerate(same_head):
-                rows[group].append(jnp.sum(jnp.where(same, repeated_KL, 0.0), 0, keepdims=True))
+            which = (part * LANES + lane) // heads
+            repeated_KL = jnp.take_along_axis(scales_KS[:, first : first + LANES], which, axis=1)
+            for group, row in enumerate(rows):
+                own = jnp.where(group * heads + lane % heads == head, repeated_KL, 0.0)
+                row.append(jnp.sum(own, 0, keepdims=True))
     return [jnp.concatenate(row, 1) for row in rows]
 
 

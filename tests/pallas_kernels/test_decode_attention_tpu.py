@@ -23,9 +23,10 @@ COMPILED = {
     "a million tokens on one of several chips": (1, 1 << 20, {"kv_offset": True, "num_kv_heads": 1}),
     "ring of pages": (64, scout.chunk_size, {"page_size": 64, "chunk_size": scout.chunk_size}),
     "pages, four drafts": (8, 131_072, {"page_size": 128, "num_queries": 4}),
-    "eight drafts": (64, 8192, {"num_queries": 8}),
+    "eight drafts": (8, 8192, {"num_queries": 8}),
     "int8": (64, 8192, {"cache_dtype": "int8"}),
     "int8 pages, four drafts": (8, 131_072, {"cache_dtype": "int8", "page_size": 128, "num_queries": 4}),
+    "int8, one kv head": (8, 8192, {"cache_dtype": "int8", "num_kv_heads": 1}),
     "float32": (8, 8192, {"dtype": "float32"}),
     "float32 and int8, four kv heads": (8, 8192, {"dtype": "float32", "cache_dtype": "int8", "num_kv_heads": 4}),
     "two kv heads": (8, 8192, {"num_kv_heads": 2}),
@@ -73,6 +74,26 @@ def test_auto_takes_the_kernel_on_a_tpu():
     assert "decode_attention" in compile_ahead(decode_attention, mesh, *arguments[:4]).as_text()
     q, k, *_ = (jax.ShapeDtypeStruct((*x.shape[:3], 64), x.dtype) for x in arguments[:2])
     assert "tpu_custom_call" not in compile_ahead(decode_attention, mesh, q, k, k, arguments[3]).as_text()
+
+
+@pytest.mark.tpu_aot
+def test_a_stack_of_caches_is_read_in_place():
+    C, B, S, page_size = 4, 8, 8192, 512
+    q, k, v, lengths, _ = abstract_arguments(B, S)
+    k, v = (jax.ShapeDtypeStruct((C, *x.shape), x.dtype) for x in (k, v))
+
+    def function(q, k, v, lengths):
+        pages = [x.reshape(-1, page_size, *x.shape[3:]) for x in (k, v)]
+
+        def layer(c, q):
+            rows = c * B + jnp.arange(B, dtype=jnp.int32)
+            table = rows[:, None] * (S // page_size) + jnp.arange(S // page_size, dtype=jnp.int32)
+            return decode_attention(q, *pages, lengths, page_table=table, implementation="pallas")
+
+        return jax.lax.fori_loop(0, C, layer, q)
+
+    compiled = compile_ahead(function, one_chip("v6e"), q, k, v, lengths)
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
 
 
 @pytest.fixture
