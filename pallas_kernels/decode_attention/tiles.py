@@ -1,0 +1,73 @@
+"""How the Mosaic decode kernel cuts the work: slots per block, and splits of each sequence over the cores of a chip."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int
+
+SUBLANES, LANES = 8, 128
+"""A tile of TPU memory."""
+
+# Bytes of a block, keys and values together. Two blocks are on their way while one is computed, so a block takes longer
+# to arrive than memory needs to answer (about 1 us); larger ones spread the cost of a step over more slots, which only
+# a chip needs whose memory feeds it as fast as it computes. Small ones compute less in vain for short sequences.
+_BLOCK_BYTES = {"TPU7x": 4 << 20}
+_DEFAULT_BLOCK_BYTES = 2 << 20
+
+# A block is at least one page. Three blocks of this size and the scores fit every chip.
+MAX_BLOCK_BYTES = 8 << 20
+
+# Chips that show two cores as one device: v4 and v5p. Splits share the blocks of every sequence evenly, also when there
+# is only one, or lengths differ; the merge reads a few queries' worth of numbers.
+_CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
+
+
+class Tiles(NamedTuple):
+    block_slots: int
+    """Slots that are read and computed together; with pages a whole number of them."""
+    num_splits: int
+    """Parts of each sequence, computed in parallel and merged by their log-sum-exp."""
+
+
+def slot_bytes(num_kv_heads: int, head_dim: int, dtype: jnp.dtype) -> int:
+    return 2 * num_kv_heads * head_dim * dtype.itemsize
+
+
+def choose_tiles(
+    device_kind: str, cache_shape: tuple[int, int, int, int], dtype: jnp.dtype, page_table: Int[Array, "B P"] | None
+) -> Tiles:
+    """Returns the tiles for a cache [B, S, K, H] or pages [num_pages, page_size, K, H]."""
+    _, slots, num_kv_heads, head_dim = cache_shape
+    block_bytes = _BLOCK_BYTES.get(device_kind, _DEFAULT_BLOCK_BYTES)
+    block_slots = block_bytes // slot_bytes(num_kv_heads, head_dim, dtype)
+    if page_table is None:
+        block_slots = min(block_slots // LANES, pl.cdiv(slots, LANES)) * LANES
+    else:
+        block_slots = min(max(block_slots // slots, 1), page_table.shape[1]) * slots
+    return Tiles(block_slots, _CORES.get(device_kind, 1))
+
+
+def num_tiles(num_slots, num_kv_heads: int):
+    """Returns how many tiles of values hold a run of slots: what a DMA reads of keys, or of values."""
+    return pl.cdiv(num_slots * num_kv_heads, SUBLANES)
+
+
+def num_lanes(num_slots):
+    """Returns how many slots' scales a DMA reads: whole lines."""
+    return pl.cdiv(num_slots, LANES) * LANES
+
+
+def bytes_read(
+    used_slots: Iterable[int], tiles: Tiles, num_kv_heads: int, head_dim: int, dtype: jnp.dtype, page_size: int | None
+) -> int:
+    """Returns the bytes that the kernel reads of caches in which each sequence uses that many slots."""
+    total = 0
+    for used in used_slots:
+        piece = page_size or tiles.block_slots
+        for count in (min(piece, used - first) for first in range(0, used, piece)):
+            total += 2 * num_tiles(count, num_kv_heads) * SUBLANES * head_dim * dtype.itemsize
+            if dtype == jnp.int8:
+                total += 2 * num_kv_heads * num_lanes(count) * 4
+    return total
