@@ -16,7 +16,7 @@ from l4jax.processing.chat import Message, Processor
 Example = dict[str, np.ndarray]
 """`ids` [t], `loss_mask` [t] and `tiles` [n, 3, S, S] of one conversation."""
 Batch = dict[str, np.ndarray]
-"""`ids`, `positions`, `segment_ids`, `loss_mask` [B, T] and `tiles` [slots, 3, S, S]."""
+"""`ids`, `positions`, `segment_ids`, `loss_mask` [B, T] and `tiles` [B, n, 3, S, S], unused ones last and black."""
 
 
 def encode_example(processor: Processor, messages: Sequence[Message]) -> Example:
@@ -64,18 +64,11 @@ def batches(
 
 
 def tidy(batch: dict[str, np.ndarray]) -> Batch:
-    """Returns a packed batch under the model's names; the tiles of all rows stand in a line, unused slots at its end.
-
-    The model gives the k-th `<|patch|>` of the flattened batch the k-th feature row: no slot in between may be empty.
-    """
-    used = batch["tiles_segment_ids"] > 0
-    tiles = batch["tiles"]
-    line = np.zeros((used.size, *tiles.shape[2:]), tiles.dtype)
-    line[: used.sum()] = tiles[used]
+    """Returns a packed batch under the model's names."""
     return {
         "ids": batch["ids"],
         "positions": batch["ids_positions"],
         "segment_ids": batch["ids_segment_ids"],
         "loss_mask": batch["loss_mask"],
-        "tiles": line,
+        "tiles": batch["tiles"],
     }

@@ -163,17 +163,22 @@ class Engine:
         padded = np.pad(ids, ((0, 0), (0, bucket - length)))
         segment_ids = np.broadcast_to(np.arange(bucket) < length, padded.shape).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            features = self._features(tiles) if (ids == self.config.image_token_index).any() else None
+            is_patch = ids == self.config.image_token_index
+            features = None
+            if is_patch.any():
+                index = np.where(is_patch, np.cumsum(is_patch).reshape(ids.shape) - 1, 0)  # in the line of all rows
+                index = np.stack([np.pad(row[keep], (0, length - keep.sum())) for row, keep in zip(index, is_patch)])
+                features = self._features(tiles)[0, index]
             return np.asarray(self._forward(self.params, padded, segment_ids, features))[:, :length]
 
-    def _features(self, tiles: Float32[np.ndarray, "n 3 X X"]) -> Float[Array, "R D"]:
+    def _features(self, tiles: Float32[np.ndarray, "n 3 X X"]) -> Float[Array, "1 R D"]:
         """Returns the rows that stand for pictures, and beyond them rows of nothing."""
         groups = []
         for start in range(0, len(tiles), TILES_AT_ONCE):
             group = tiles[start : start + TILES_AT_ONCE]
             padding = bucket_size(len(group)) - len(group)
-            groups.append(self._encode_tiles(self.params, np.pad(group, ((0, padding), (0, 0), (0, 0), (0, 0)))))
-        return groups[0] if len(groups) == 1 else jnp.concatenate(groups)
+            groups.append(self._encode_tiles(self.params, np.pad(group, ((0, padding), (0, 0), (0, 0), (0, 0)))[None]))
+        return groups[0] if len(groups) == 1 else jnp.concatenate(groups, axis=1)
 
     # --- What is compiled ---------------------------------------------------------------------------------------------
 
@@ -268,9 +273,9 @@ def put_row(cache: Cache, row_cache: Cache, row) -> Cache:
     return Cache(layers, cache.lengths.at[row].set(row_cache.lengths[0]))
 
 
-def take_features(features: Float[Array, "R D"], start: Int[Array, ""], count: int) -> Float[Array, "T D"]:
+def take_features(features: Float[Array, "1 R D"], start: Int[Array, ""], count: int) -> Float[Array, "1 T D"]:
     """Returns `count` rows from `start` on; past the end the last one, which nobody reads."""
-    return jnp.take(features, start + jnp.arange(count), axis=0, mode="clip")
+    return jnp.take(features, start + jnp.arange(count), axis=1, mode="clip")
 
 
 def bucket_size(count: int, smallest: int = 1) -> int:

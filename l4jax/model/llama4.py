@@ -88,7 +88,7 @@ class Llama4(nnx.Module):
         """Returns float32 logits [B, T, V] and the cache that now includes `ids` (None without one).
 
         Args:
-            ids: tokens. The k-th `<|patch|>` of the flattened batch is replaced by the k-th row of picture features.
+            ids: tokens. The k-th `<|patch|>` of a row of the batch is replaced by its k-th row of picture features.
             logits_at: index of the one token in each row whose logits are wanted; the result is then [B, 1, V].
             inputs: those of `hidden`.
         """
@@ -101,12 +101,13 @@ class Llama4(nnx.Module):
         self,
         ids: Int[Array, "B T"],
         *,
-        tiles: Float[Array, "n 3 S S"] | None = None,
-        image_features: Float[Array, "R D"] | None = None,
+        tiles: Float[Array, "B n 3 S S"] | None = None,
+        image_features: Float[Array, "B R D"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         router_bias: Float[Array, "L E"] | None = None,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], Cache | None, Int[Array, "L E"] | None]:
         """Returns what the head multiplies, the cache, and how many tokens went to each expert of each mixture layer.
 
@@ -114,20 +115,21 @@ class Llama4(nnx.Module):
 
         Args:
             ids: tokens.
-            tiles: pictures in [-1, 1]; or
-            image_features: their rows as `encode_tiles` gave them, the first one for the first `<|patch|>` in `ids`.
+            tiles: pictures of each row in [-1, 1], those that no token asks for last; or
+            image_features: what `encode_tiles` gave of them, the first for the first `<|patch|>` in `ids`.
             positions: of each token in its document. Default: counted from the start of each segment, or from the end
                 of what the cache holds.
             segment_ids: 0 for padding, on any side. Without a cache other numbers tell packed documents apart.
             cache: made by `init_cache`; donate it when you jit.
             router_bias: for each mixture layer, added to the router's logits when it chooses, not when it scores.
+            remat: what layers keep for the backward pass, a name in `stack.REMAT`.
         """
         text = self.config.text_config
         cached_lengths = None if cache is None else cache.lengths
         aligned = cache is None and positions is None and segment_ids is None
         if positions is None:
             positions = default_positions(ids.shape, segment_ids, cached_lengths)
-        x = self.embed(ids, self.encode_tiles(tiles) if tiles is not None else image_features)
+        x = self.embed(ids, self.encode_tiles(tiles, remat) if tiles is not None else image_features)
         balanced = cache is None and ops.is_balanced(ids.shape[1])
         if balanced:
             x, positions = ops.to_balanced(x, None), ops.to_balanced(positions)
@@ -137,28 +139,27 @@ class Llama4(nnx.Module):
         def apply(block, x, layer_cache, index, bias):
             return block(x, tokens, layer_cache, index, bias)
 
-        x, layers, loads = self.layers(
-            apply, x, None if cache is None else cache.layers, self._arrange_router_bias(router_bias)
-        )
+        states = None if cache is None else cache.layers
+        x, layers, loads = self.layers(apply, x, states, self._arrange_router_bias(router_bias), remat)
         if cache is not None:
             cache = Cache(layers, cache.lengths + tokens.valid.sum(axis=1, dtype=cache.lengths.dtype))
         load = [load for load in self.layers.flatten(loads) if load is not None]
         x = self.norm(x)
         return ops.to_natural(x, None) if balanced else x, cache, jnp.stack(load) if load else None
 
-    def encode_tiles(self, tiles: Float[Array, "n 3 S S"]) -> Float[Array, "R D"]:
+    def encode_tiles(self, tiles: Float[Array, "B n 3 S S"], remat: str = "none") -> Float[Array, "B R D"]:
         """Returns picture features in the width of the text: `tokens_per_tile` rows a tile, in order."""
-        features = self.multi_modal_projector(self.vision_model(tiles))
-        return features.reshape(-1, features.shape[-1])
+        features = self.multi_modal_projector(self.vision_model(tiles.reshape(-1, *tiles.shape[2:]), remat))
+        return constrain(features.reshape(tiles.shape[0], -1, features.shape[-1]), "batch", None, None)
 
-    def embed(self, ids: Int[Array, "B T"], image_features: Float[Array, "R D"] | None) -> Float[Array, "B T D"]:
+    def embed(self, ids: Int[Array, "B T"], image_features: Float[Array, "B R D"] | None) -> Float[Array, "B T D"]:
         """Returns token vectors, with picture features in place of `<|patch|>` tokens."""
         x = self.embed_tokens(ids)
         if image_features is not None:
             is_patch = ids == self.config.image_token_index
-            row = jnp.cumsum(is_patch.reshape(-1)).reshape(ids.shape) - 1
-            row = jnp.clip(row, 0, image_features.shape[0] - 1)
-            x = jnp.where(is_patch[..., None], image_features[row].astype(x.dtype), x)
+            row = jnp.clip(jnp.cumsum(is_patch, axis=1) - 1, 0, image_features.shape[1] - 1)
+            features = jnp.take_along_axis(image_features, row[..., None], axis=1)
+            x = jnp.where(is_patch[..., None], features.astype(x.dtype), x)
         return constrain(x, "batch", "length", None)
 
     def init_cache(self, batch_size: int, max_len: int, dtype=None) -> Cache:

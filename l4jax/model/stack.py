@@ -6,6 +6,7 @@ fact. Layers beyond the last whole cycle, or all of them where scanning does not
 scan slices), form the tail, each with weights of its own.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+"""What layers keep for the backward pass: everything; nothing but their inputs, the rest is made again; the output of
+attention besides; or all products with weights."""
+
+
+def rematerialize(apply: Callable, name: str, *, in_scan: bool) -> Callable:
+    """Returns `apply(block, x, state, index, input)` that keeps for its gradient what the named policy says.
+
+    Args:
+        in_scan: there nothing could be merged with what is made again; elsewhere a fence is needed against it.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    if name not in REMAT:
+        raise ValueError(f"remat={name!r} is not one of {', '.join(REMAT)}")
+    if name == "none":
+        return apply
+
+    def with_weights(block, x, state, index, value):
+        graphdef, weights = nnx.split(block)
+
+        @functools.partial(jax.checkpoint, policy=REMAT[name], prevent_cse=not in_scan)
+        def run(weights, x, state, index, value):
+            return apply(nnx.merge(graphdef, weights), x, state, index, value)
+
+        return run(weights, x, state, index, value)
+
+    return with_weights
 
 
 class Layers(NamedTuple):
@@ -55,7 +92,9 @@ class Stack(nnx.Module):
         cycles = [jax.tree.map(take(c), slot) for c in range(self.num_cycles) for slot in layers.cycle]
         return [*cycles, *layers.tail]
 
-    def __call__(self, apply: Callable, x, states: Layers | None = None, inputs: Layers | None = None):
+    def __call__(
+        self, apply: Callable, x, states: Layers | None = None, inputs: Layers | None = None, remat: str = "none"
+    ):
         """Runs every layer in order: `x, state, output = apply(block, x, state, index, input)`.
 
         Args:
@@ -63,10 +102,12 @@ class Stack(nnx.Module):
             x: what flows through the layers.
             states: travels along and is updated in place (the KV cache); leaves have a leading axis of C (tail: 1).
             inputs: read by each layer; leaves in `cycle` have a leading axis of C.
+            remat: one of `REMAT`: what a layer keeps for the backward pass.
 
         Returns:
             x, the new states, the outputs of all layers arranged likewise.
         """
+        apply_in_cycle, apply_in_tail = (rematerialize(apply, remat, in_scan=in_scan) for in_scan in (True, False))
         nothing = Layers((None,) * len(self.cycle), (None,) * len(self.tail))
         states, inputs = states or nothing, inputs or nothing
         graphdef, weights = nnx.split(self.cycle)
@@ -76,7 +117,7 @@ class Stack(nnx.Module):
             index, weights, inputs = scanned
             new_states, outputs = [], []
             for block, state, value in zip(nnx.merge(graphdef, weights), states, inputs, strict=True):
-                x, state, output = apply(block, x, state, index, value)
+                x, state, output = apply_in_cycle(block, x, state, index, value)
                 new_states.append(state)
                 outputs.append(output)
             return (x, tuple(new_states)), tuple(outputs)
@@ -88,7 +129,7 @@ class Stack(nnx.Module):
 
         tail_states, tail_outputs = [], []
         for block, state, value in zip(self.tail, states.tail, inputs.tail, strict=True):
-            x, state, output = apply(block, x, state, 0, value)
+            x, state, output = apply_in_tail(block, x, state, 0, value)
             tail_states.append(state)
             tail_outputs.append(output)
         return x, Layers(cycle_states, tuple(tail_states)), Layers(cycle_outputs, tuple(tail_outputs))

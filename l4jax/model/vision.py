@@ -106,8 +106,8 @@ class VisionModel(nnx.Module):
         self.layers = Stack(make_block, config.num_hidden_layers, 1, scan=scan, rngs=rngs)
         self.vision_adapter = VisionAdapter(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, tiles: Float[Array, "n 3 S S"]) -> Float[Array, "n x d"]:
-        """Returns `tokens_per_tile` feature rows a tile; `tiles` holds pixels in [-1, 1]."""
+    def __call__(self, tiles: Float[Array, "n 3 S S"], remat: str = "none") -> Float[Array, "n x d"]:
+        """Returns `tokens_per_tile` feature rows a tile; `tiles` holds pixels in [-1, 1]. `remat`: see `Llama4`."""
         tiles = constrain(tiles.astype(self.class_embedding.dtype), "tile", None, None, None)
         patches = patchify(tiles, self.config.patch_size)
         x = self.patch_embedding(patches)
@@ -119,5 +119,5 @@ class VisionModel(nnx.Module):
         def apply(block, x, state, index, _):
             return block(x, cos, sin), state, None
 
-        x, _, _ = self.layers(apply, self.layernorm_pre(x))
+        x, _, _ = self.layers(apply, self.layernorm_pre(x), remat=remat)
         return self.vision_adapter(self.layernorm_post(x)[:, :-1])

@@ -65,14 +65,13 @@ class BatchAnswerer:
         ids = np.zeros((self._batch_size, self._prompt_tokens), np.int32)
         lengths = np.ones(self._batch_size, np.int32)  # rows without a prompt hold one meaningless token
         side = prompts[0].tiles.shape[-1]
-        tiles = np.zeros((self._batch_size * self._tiles, 3, side, side), np.float32)
+        tiles = np.zeros((self._batch_size, self._tiles, 3, side, side), np.float32)
         for row, prompt in enumerate(prompts):
             prompt.check_length(self._prompt_tokens)
+            if len(prompt.tiles) > self._tiles:
+                raise ValueError(f"a prompt has {len(prompt.tiles)} tiles, there is room for {self._tiles}")
             ids[row, : len(prompt.ids)], lengths[row] = prompt.ids, len(prompt.ids)
-        line = np.concatenate([prompt.tiles for prompt in prompts])
-        if len(line) > len(tiles):
-            raise ValueError(f"{len(line)} tiles for {len(prompts)} prompts, room for {self._tiles} each")
-        tiles[: len(line)] = line
+            tiles[row, : len(prompt.tiles)] = prompt.tiles
         return {"ids": ids, "lengths": lengths, "tiles": tiles}
 
     def _text(self, ids: np.ndarray) -> str:

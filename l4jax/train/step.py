@@ -13,7 +13,7 @@ from l4jax.train.loss import head_losses, masked_mean, next_token_targets
 from l4jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
-"""ids, positions, segment_ids, loss_mask [B, T] and tiles [n, 3, S, S], as `data/pipeline.py` makes them."""
+"""ids, positions, segment_ids, loss_mask [B, T] and tiles [B, n, 3, S, S], as `data/pipeline.py` makes them."""
 
 
 def forward(graphdef: nnx.GraphDef, params: dict[str, Any], batch: Batch, router_bias) -> tuple[jax.Array, Any]:
