@@ -6,6 +6,8 @@ options of its own, and draw its first token. `decode` draws one more token for 
 lengths. Weights are passed as arrays and read in place; caches are donated. The split in three is JetStream's.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from l4jax.config import Llama4Config
 from l4jax.inference.options import SamplingOptions
 from l4jax.inference.sampling import RowOptions, sample
 from l4jax.model.cache import Cache
+from l4jax.sharding import SERVING, use_rules
 
 PIECE = 2048
 """Tokens; longer prompts are read piece by piece, which bounds the memory of activations."""
@@ -101,7 +104,7 @@ class Engine:
         """
         check_prompt(self.config, ids, tiles, self.max_len)
         is_patch = ids == self.config.image_token_index
-        with jax.set_mesh(self.mesh):
+        with self._devices():
             features = self._features(tiles) if is_patch.any() else None
             cache = self._empty_cache(self.params, batch_size=1)
             for start in range(0, len(ids), PIECE):
@@ -124,7 +127,7 @@ class Engine:
         A batch of one takes over the cache of `prompt`, which must not be used again.
         """
         rows = RowOptions.of([options])
-        with jax.set_mesh(self.mesh):
+        with self._devices():
             return self._start(
                 self.params, prompt.cache, prompt.logits, prompt.seen, rows, batch_size=batch_size, num_top=num_top
             )
@@ -134,7 +137,7 @@ class Engine:
     ) -> tuple[DecodeState, Drawn]:
         """Returns the batch with an answer to `prompt` begun in `row`, and its first token; `state` is donated."""
         rows = RowOptions.of([options])
-        with jax.set_mesh(self.mesh):
+        with self._devices():
             return self._insert(state, prompt.cache, prompt.logits, prompt.seen, rows, np.int32(row), num_top=num_top)
 
     def decode(
@@ -146,7 +149,7 @@ class Engine:
             active: which rows go on. An active row must have room: fewer than `max_len` tokens.
             num_top: 0, or `MAX_LOGPROBS` to get the likeliest tokens too, by a compilation of its own.
         """
-        with jax.set_mesh(self.mesh):
+        with self._devices():
             return self._decode(self.params, state, active, num_top=num_top)
 
     def logits(
@@ -162,7 +165,7 @@ class Engine:
         bucket = bucket_size(length, MIN_BUCKET)
         padded = np.pad(ids, ((0, 0), (0, bucket - length)))
         segment_ids = np.broadcast_to(np.arange(bucket) < length, padded.shape).astype(np.int32)
-        with jax.set_mesh(self.mesh):
+        with self._devices():
             is_patch = ids == self.config.image_token_index
             features = None
             if is_patch.any():
@@ -170,6 +173,12 @@ class Engine:
                 index = np.stack([np.pad(row[keep], (0, length - keep.sum())) for row, keep in zip(index, is_patch)])
                 features = self._features(tiles)[0, index]
             return np.asarray(self._forward(self.params, padded, segment_ids, features))[:, :length]
+
+    @contextlib.contextmanager
+    def _devices(self) -> Iterator[None]:
+        """What is traced in here is laid out over the mesh as serving wants it."""
+        with jax.set_mesh(self.mesh), use_rules(SERVING):
+            yield
 
     def _features(self, tiles: Float32[np.ndarray, "n 3 X X"]) -> Float[Array, "1 R D"]:
         """Returns the rows that stand for pictures, and beyond them rows of nothing."""

@@ -28,7 +28,7 @@ from l4jax.model.params import abstract_model, flat_params, param_shardings, wit
 from l4jax.processing.chat import Message, Processor
 from l4jax.processing.image import ImageSource
 from l4jax.processing.tokenizer import BaseTokenizer, ByteTokenizer, load_tokenizer
-from l4jax.sharding import make_mesh
+from l4jax.sharding import SERVING, make_mesh, use_rules
 
 NUM_RELEASED_IDS = 202_048
 
@@ -216,7 +216,8 @@ def load(
     elif not isinstance(mesh, Mesh):
         raise ValueError(f'mesh={mesh!r} must be "auto" or made by l4jax.sharding.make_mesh')
     abstract = abstract_model(config, dtype=jnp.dtype(dtype))
-    wanted = sharded_params(abstract, mesh)
+    with use_rules(SERVING):
+        wanted = sharded_params(abstract, mesh)
     check_memory(str(model), wanted, mesh)
     if isinstance(source, Llama4Config):
         warnings.warn(f"{model} is a preset: its weights are random, and so are its words", stacklevel=2)

@@ -102,7 +102,7 @@ def test_each_layer_sees_what_it_may(name):
 def test_pictures():
     arrays = expected("pictures")
     tiles = (arrays["pixels"] / 127.5 - 1).astype(np.float32)
-    assert_close(forward("pictures")(arrays["ids"], tiles=tiles), arrays["logits"])
+    assert_close(forward("pictures")(arrays["ids"], tiles=tiles[None]), arrays["logits"])
 
 
 @both

@@ -2,7 +2,7 @@ import grain
 import numpy as np
 import pytest
 
-from l4jax.data.pipeline import batches, encode_example, tidy
+from l4jax.data.pipeline import batches, encode_example
 from l4jax.processing.chat import Processor
 from l4jax.processing.tokenizer import ByteTokenizer
 
@@ -31,22 +31,14 @@ def test_rows_hold_whole_examples_with_their_positions():
                 np.testing.assert_array_equal(positions[mine], np.arange(mine.sum()))
 
 
-def test_tiles_stand_in_the_order_of_the_rows_and_padding_comes_last():
+def test_tiles_stand_beside_their_row_in_the_order_of_its_examples_and_padding_comes_last():
     for batch, _ in zip(make_batches(), range(10), strict=False):
-        line = batch["tiles"][:, 0, 0, 0]
-        used = np.count_nonzero(line)
-        assert batch["tiles"].shape == (18, 3, 2, 2)
-        assert not line[used:].any()
-        in_order = [n for row in batch["ids"] for n in dict.fromkeys(row.tolist()) if n]
-        assert list(dict.fromkeys(line[:used].astype(int).tolist())) == [n for n in in_order if n in line]
-
-
-def test_tidy_moves_every_used_tile_up():
-    tiles = np.arange(1, 5, dtype=np.float32).reshape(2, 2, 1, 1, 1)
-    empty = np.zeros((2, 4), np.int32)
-    packed = {"ids": empty, "ids_positions": empty, "ids_segment_ids": empty, "loss_mask": empty > 0, "tiles": tiles}
-    batch = tidy({**packed, "tiles_segment_ids": np.array([[1, 0], [1, 2]])})
-    assert batch["tiles"].reshape(-1).tolist() == [1, 3, 4, 0]
+        assert batch["tiles"].shape == (3, 6, 3, 2, 2)
+        for ids, tiles in zip(batch["ids"], batch["tiles"][:, :, 0, 0, 0], strict=True):
+            used = np.count_nonzero(tiles)
+            assert not tiles[used:].any()
+            in_order = [n for n in dict.fromkeys(ids.tolist()) if n]
+            assert list(dict.fromkeys(tiles[:used].astype(int).tolist())) == [n for n in in_order if n in tiles]
 
 
 def test_iterator_goes_on_where_its_state_was_saved():

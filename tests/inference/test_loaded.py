@@ -107,7 +107,7 @@ def test_a_model_larger_than_memory_is_refused_with_the_sizes(monkeypatch):
 def test_parameters_are_born_on_the_mesh(recwarn):
     model = load("small-guard", max_len=MAX_LEN, mesh=make_mesh(tensor=2), dtype="bfloat16")
     kernel = model.model.layers.tail[0].self_attn.q_proj.kernel[...]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(("fsdp",), ("tensor",), None)
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "tensor", None)
     assert kernel.dtype == jax.numpy.bfloat16
     assert len(kernel.sharding.device_set) == 2
 

@@ -25,6 +25,7 @@ def prompt(config, tiles_at=(), batch=1, seed=0):
 
 
 def forward(model, ids, tiles=None):
+    tiles = None if tiles is None else tiles.reshape(len(ids), -1, *tiles.shape[1:])
     return np.asarray(jax.jit(lambda ids, tiles: model(ids, tiles=tiles)[0])(ids, tiles))
 
 

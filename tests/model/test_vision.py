@@ -52,7 +52,7 @@ def test_stages_equal_transformers(towers):
         x = ours[f"block {i}"] = block(x, jnp.cos(angles), jnp.sin(angles))
     x = ours["layernorm_post"] = vision.layernorm_post(x)
     ours["adapter"] = vision.vision_adapter(x[:, :-1])
-    ours["projector"] = model.encode_tiles(jnp.asarray(tiles))
+    ours["projector"] = model.encode_tiles(jnp.asarray(tiles)[None])[0]
     for name, value in ours.items():
         expected = seen[name].numpy().reshape(value.shape)
         np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5, err_msg=name)

@@ -32,7 +32,7 @@ def likeliest(model: Llama4, processor: Processor, prompt: list[dict], count: in
     encoded = processor.encode(prompt)
     ids = encoded.ids.tolist()
     graphdef, state = nnx.split(model)
-    tiles = jax.numpy.asarray(encoded.tiles)
+    tiles = jax.numpy.asarray(encoded.tiles)[None]
 
     @jax.jit
     def next_logits(ids, segment_ids, at):
@@ -65,5 +65,5 @@ def test_prompts_that_do_not_fit_are_refused(model):
     limits = {"batch_size": 1, "prompt_tokens": 50, "new_tokens": 4}
     with pytest.raises(ValueError, match="the limit is 50"):
         BatchAnswerer(graphdef, params, processor, prompt_tiles=5, **limits).answer([question((56, 56), "a?")])
-    with pytest.raises(ValueError, match="3 tiles for 1 prompts, room for 2 each"):
+    with pytest.raises(ValueError, match="a prompt has 3 tiles, there is room for 2"):
         BatchAnswerer(graphdef, params, processor, prompt_tiles=2, **limits).answer([question((56, 28), "a?")])
