@@ -45,12 +45,14 @@ class Rules:
 TRAINING = Rules(
     {
         "batch": ("data", "fsdp", "expert"),
+        "dense_batch": ("data", "fsdp", "expert"),
         "length": ("context",),
         "tile": ("data", "fsdp", "expert", "context"),
         "embed": ("fsdp", "expert", "context"),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
+        "vision_mlp": ("tensor",),
         "vocab": ("tensor",),
         "expert": ("expert",),
         "expert_embed": ("fsdp", "context"),
@@ -58,19 +60,21 @@ TRAINING = Rules(
         "slots": ("context",),
     }
 )
-# Weights stay where they are; what a token needs comes to it as partial sums. Dense widths are split over the expert
-# axis too, on which no token depends when few are decoded.
+# Weights stay where they are, and what a token needs comes to it as partial sums. Caches are split like the batch; dense
+# layers are split over the expert axis instead, so they see the rows of all its devices ("dense_batch").
 SERVING = Rules(
     {
         "batch": ("data", "fsdp", "expert"),
+        "dense_batch": ("data", "fsdp"),
         "length": ("context",),
         "tile": ("data", "fsdp", "expert", "context"),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
-        "mlp": ("tensor", "expert", "fsdp"),
-        "vocab": ("tensor", "expert", "fsdp"),
+        "mlp": ("tensor", "expert"),
+        "vision_mlp": ("tensor",),
+        "vocab": ("tensor", "expert"),
         "expert": ("expert",),
-        "expert_mlp": ("tensor", "fsdp"),
+        "expert_mlp": ("tensor",),
         "slots": ("context",),
     }
 )

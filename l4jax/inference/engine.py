@@ -170,8 +170,9 @@ class Engine:
             features = None
             if is_patch.any():
                 index = np.where(is_patch, np.cumsum(is_patch).reshape(ids.shape) - 1, 0)  # in the line of all rows
-                index = np.stack([np.pad(row[keep], (0, length - keep.sum())) for row, keep in zip(index, is_patch)])
-                features = self._features(tiles)[0, index]
+                # To the front of each row, in order; what follows stands for no token.
+                order = np.argsort(~is_patch, axis=1, kind="stable")
+                features = self._features(tiles)[0, np.take_along_axis(index, order, axis=1)]
             return np.asarray(self._forward(self.params, padded, segment_ids, features))[:, :length]
 
     @contextlib.contextmanager

@@ -188,7 +188,7 @@ class Llama4(nnx.Module):
 
 def head_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> Float[Array, "B T V"]:
     """Returns float32 logits of what `Llama4.hidden` gave, with `kernel` the weights of `lm_head`."""
-    return constrain(einsum("BTD,DV->BTV", x, kernel, jnp.float32), "batch", "length", "vocab")
+    return constrain(einsum("BTD,DV->BTV", x, kernel, jnp.float32), "dense_batch", "length", "vocab")
 
 
 def default_positions(shape, segment_ids, cached_lengths) -> Int[Array, "B T"]:

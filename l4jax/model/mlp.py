@@ -18,4 +18,4 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         hidden = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(constrain(hidden, "batch", "length", "mlp"))
+        return self.down_proj(constrain(hidden, "dense_batch", "length", "mlp"))

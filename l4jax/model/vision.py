@@ -58,11 +58,11 @@ class VisionAttention(nnx.Module):
 
 class VisionMLP(nnx.Module):
     def __init__(self, widths: tuple[int, int, int], *, use_bias: bool, rngs: nnx.Rngs, dtype):
-        self.fc1 = Linear("BXD,DF->BXF", widths[:2], ("embed", "mlp"), use_bias=use_bias, rngs=rngs, dtype=dtype)
-        self.fc2 = Linear("BXF,FD->BXD", widths[1:], ("mlp", "embed"), use_bias=use_bias, rngs=rngs, dtype=dtype)
+        self.fc1 = Linear("BXD,DF->BXF", widths[:2], ("embed", "vision_mlp"), use_bias=use_bias, rngs=rngs, dtype=dtype)
+        self.fc2 = Linear("BXF,FD->BXD", widths[1:], ("vision_mlp", "embed"), use_bias=use_bias, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B X D"]) -> Float[Array, "B X d"]:
-        return self.fc2(constrain(gelu(self.fc1(x)), "tile", None, "mlp"))
+        return self.fc2(constrain(gelu(self.fc1(x)), "tile", None, "vision_mlp"))
 
 
 class VisionBlock(nnx.Module):
