@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from l4jax.config import Llama4Config
+
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 LogicalAxes = Sequence[str | None]
@@ -60,8 +62,8 @@ TRAINING = Rules(
         "slots": ("context",),
     }
 )
-# Weights stay where they are, and what a token needs comes to it as partial sums. Caches are split like the batch; dense
-# layers are split over the expert axis instead, so they see the rows of all its devices ("dense_batch").
+# Weights stay where they are, and what a token needs comes to it as partial sums. Caches are split like the batch;
+# dense layers are split over the expert axis instead, so they see the rows of all its devices ("dense_batch").
 SERVING = Rules(
     {
         "batch": ("data", "fsdp", "expert"),
@@ -130,6 +132,34 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     return Mesh(mesh_utils.create_hybrid_device_mesh(inner, across, found), MESH_AXES, axis_types=axis_types)
 
 
+def check_mesh(config: Llama4Config, sizes: Mapping[str, int], *, rows: int | None = None, length: int | None = None):
+    """Checks that a model, and a batch of `rows` of `length` tokens, can be spread over a mesh of these sizes.
+
+    Raises:
+        ValueError: one of them does not divide; the message says by what it would.
+    """
+    text, whole = config.text_config, {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+    def check(what: str, number: int, axis: str, size: int):
+        if number % size:
+            fitting = [str(n) for n in range(1, number + 1) if number % n == 0]
+            shown = ", ".join(fitting if len(fitting) < 13 else [*fitting[:12], "..."])
+            raise ValueError(f"{what}={number} is not divisible by {axis} of size {size}; choose one of {shown}")
+
+    if text.moe_layers:
+        check("num_local_experts", text.num_local_experts, "the expert axis", whole["expert"])
+    # A device needs whole key heads with all their query heads: rotary pairs and the QK norm belong together.
+    check("num_key_value_heads", text.num_key_value_heads, "the tensor axis", whole["tensor"])
+    if config.vision_config is not None:
+        check(
+            "vision num_attention_heads", config.vision_config.num_attention_heads, "the tensor axis", whole["tensor"]
+        )
+    if rows is not None:
+        check("rows", rows, "the axes data x fsdp x expert", whole["data"] * whole["fsdp"] * whole["expert"])
+    if length is not None and whole["context"] > 1:
+        check("row_tokens", length, "twice the context axis", 2 * whole["context"])
+
+
 def describe(sizes: Mapping[str, int]) -> str:
     """Returns mesh sizes as they are typed: `fsdp=4,expert=16`."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
@@ -182,6 +212,13 @@ def axis_sizes() -> dict[str, int]:
     manual = set(mesh.manual_axes) if not mesh.empty else set()
     found = dict(mesh.shape) if not mesh.empty else {}
     return {axis: 1 if axis in manual else found.get(axis, 1) for axis in MESH_AXES}
+
+
+def split_size(logical_axis: str, dim: int) -> int:
+    """Returns into how many parts the mesh that is set splits a dimension of this size."""
+    sizes = axis_sizes()
+    (entry,) = spec((logical_axis,), (dim,), sizes)
+    return math.prod(sizes[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

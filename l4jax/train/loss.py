@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from l4jax.model.llama4 import head_logits
+from l4jax.sharding import split_size
 
 
 def next_token_targets(
@@ -23,7 +24,7 @@ def next_token_targets(
 
 
 LOGITS_AT_ONCE = 1 << 28
-"""Logits that a step holds at a time; 1 GiB in float32. Scout's vocabulary times 8,192 tokens would take 6.6 GB."""
+"""Logits that a device holds at a time; 1 GiB in float32. Scout's vocabulary times 8,192 tokens would take 6.6 GB."""
 
 
 class TokenLosses(NamedTuple):
@@ -44,15 +45,25 @@ def head_losses(
     def block_losses(hidden_BTD, targets_BT):
         return token_losses(head_logits(hidden_BTD, kernel_DV), targets_BT)
 
-    (B, T, D), V = hidden_BTD.shape, kernel_DV.shape[1]
-    num_blocks = next(n for n in range(1, T + 1) if T % n == 0 and (n == T or B * T // n * V <= LOGITS_AT_ONCE))
+    (B, T, _), V = hidden_BTD.shape, kernel_DV.shape[1]
+    num_parts = split_size("length", T)
+    here = B * T * V // (num_parts * split_size("dense_batch", B) * split_size("vocab", V))  # logits of a device
+    part = T // num_parts
+    num_blocks = next(n for n in range(1, part + 1) if part % n == 0 and (n == part or here // n <= LOGITS_AT_ONCE))
     if num_blocks == 1:
         return block_losses(hidden_BTD, targets_BT)
-    hidden_blocks = jnp.moveaxis(hidden_BTD.reshape(B, num_blocks, -1, D), 1, 0)
-    target_blocks = jnp.moveaxis(targets_BT.reshape(B, num_blocks, -1), 1, 0)
+
+    def cut(x):  # every device's part of the sequence gives a piece to every block
+        pieces = x.reshape(B, num_parts, num_blocks, part // num_blocks, *x.shape[2:])
+        return jnp.moveaxis(pieces, 2, 0).reshape(num_blocks, B, T // num_blocks, *x.shape[2:])
+
+    def join(x):
+        pieces = x.reshape(num_blocks, B, num_parts, part // num_blocks)
+        return jnp.moveaxis(pieces, 0, 2).reshape(B, T)
+
     one_block = jax.checkpoint(lambda block: block_losses(*block))
-    found = jax.lax.map(one_block, (hidden_blocks, target_blocks))
-    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in found))
+    found = jax.lax.map(one_block, (cut(hidden_BTD), cut(targets_BT)))
+    return TokenLosses(*map(join, found))
 
 
 @jax.custom_vjp
@@ -86,11 +97,10 @@ def _token_losses_backward(residuals, cotangents):
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def masked_mean(values_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> tuple[Array, Array]:
-    """Returns the mean over the marked positions of the whole batch, and their number (float32).
+def masked_sum(values_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Returns the sum over the marked positions.
 
-    The mean is over tokens, never over rows or devices: a row with few answers weighs little. With no marked position
-    it is 0.
+    Divided by their number in the whole batch it is the loss: the mean is over tokens, never over rows, devices or
+    microbatches, so that a row with few answers weighs little.
     """
-    count = mask_BT.sum(dtype=jnp.float32)
-    return jnp.where(mask_BT, values_BT, 0.0).sum() / jnp.maximum(count, 1.0), count
+    return jnp.where(mask_BT, values_BT, 0.0).sum()
