@@ -214,13 +214,6 @@ def axis_sizes() -> dict[str, int]:
     return {axis: 1 if axis in manual else found.get(axis, 1) for axis in MESH_AXES}
 
 
-def split_size(logical_axis: str, dim: int) -> int:
-    """Returns into how many parts the mesh that is set splits a dimension of this size."""
-    sizes = axis_sizes()
-    (entry,) = spec((logical_axis,), (dim,), sizes)
-    return math.prod(sizes[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-
-
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Returns `x` with its dimensions split as the rules say, under the mesh that is set; without one, `x`."""
     sizes = axis_sizes()

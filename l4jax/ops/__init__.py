@@ -6,7 +6,9 @@ Modules above see whole arrays; in here `shard_map` hands each device its part, 
 from l4jax.ops.attention import attention, full_attention, is_balanced, to_balanced, to_natural
 from l4jax.ops.cached import attention_to_slots, decode_attention, slot_axes, write_slots
 from l4jax.ops.experts import routed_experts
+from l4jax.ops.head import map_logits
 from pallas_kernels import merge_partial_attention
+from pallas_kernels.dispatch import target
 
 __all__ = [
     "attention",
@@ -14,10 +16,17 @@ __all__ = [
     "decode_attention",
     "full_attention",
     "is_balanced",
+    "map_logits",
     "merge_partial_attention",
+    "platform",
     "routed_experts",
     "slot_axes",
     "to_balanced",
     "to_natural",
     "write_slots",
 ]
+
+
+def platform() -> str:
+    """Returns what is compiled for: "cpu", "gpu" or "tpu"; that of the mesh that is set, which need not be here."""
+    return target().platform

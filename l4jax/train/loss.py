@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l4jax import ops
 from l4jax.model.llama4 import head_logits
-from l4jax.sharding import split_size
 
 
 def next_token_targets(
@@ -23,10 +23,6 @@ def next_token_targets(
     return jnp.roll(ids_BT, -1, axis=1), wanted_BT & (follows_BT == segment_ids_BT) & (segment_ids_BT > 0)
 
 
-LOGITS_AT_ONCE = 1 << 28
-"""Logits that a device holds at a time; 1 GiB in float32. Scout's vocabulary times 8,192 tokens would take 6.6 GB."""
-
-
 class TokenLosses(NamedTuple):
     """Of each position; both float32 whatever the dtype of the logits."""
 
@@ -39,31 +35,8 @@ class TokenLosses(NamedTuple):
 def head_losses(
     hidden_BTD: Float[Array, "B T D"], kernel_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"]
 ) -> TokenLosses:
-    """Returns the losses of `hidden @ kernel`, a block of positions at a time; logits of a block are made again in the
-    backward pass rather than kept."""
-
-    def block_losses(hidden_BTD, targets_BT):
-        return token_losses(head_logits(hidden_BTD, kernel_DV), targets_BT)
-
-    (B, T, _), V = hidden_BTD.shape, kernel_DV.shape[1]
-    num_parts = split_size("length", T)
-    here = B * T * V // (num_parts * split_size("dense_batch", B) * split_size("vocab", V))  # logits of a device
-    part = T // num_parts
-    num_blocks = next(n for n in range(1, part + 1) if part % n == 0 and (n == part or here // n <= LOGITS_AT_ONCE))
-    if num_blocks == 1:
-        return block_losses(hidden_BTD, targets_BT)
-
-    def cut(x):  # every device's part of the sequence gives a piece to every block
-        pieces = x.reshape(B, num_parts, num_blocks, part // num_blocks, *x.shape[2:])
-        return jnp.moveaxis(pieces, 2, 0).reshape(num_blocks, B, T // num_blocks, *x.shape[2:])
-
-    def join(x):
-        pieces = x.reshape(num_blocks, B, num_parts, part // num_blocks)
-        return jnp.moveaxis(pieces, 0, 2).reshape(B, T)
-
-    one_block = jax.checkpoint(lambda block: block_losses(*block))
-    found = jax.lax.map(one_block, (cut(hidden_BTD), cut(targets_BT)))
-    return TokenLosses(*map(join, found))
+    """Returns the losses of the logits `hidden @ kernel`, a block of positions at a time."""
+    return ops.map_logits(token_losses, head_logits, hidden_BTD, kernel_DV, targets_BT)
 
 
 @jax.custom_vjp

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from l4jax.train import loss as loss_module
+from l4jax.ops import head as head_module
 from l4jax.train.loss import head_losses, masked_sum, next_token_targets, token_losses
 
 
@@ -42,7 +42,7 @@ def test_losses_by_blocks_equal_losses_at_once_with_gradients(monkeypatch, at_on
     def whole(hidden, kernel):
         return jnp.square(token_losses(hidden @ kernel, targets).losses).sum()
 
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(head_module, "LOGITS_AT_ONCE", at_once)
     results = jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
     expected = jax.value_and_grad(whole, argnums=(0, 1))(hidden, kernel)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), results, expected)
