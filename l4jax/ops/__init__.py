@@ -7,10 +7,11 @@ from l4jax.ops.attention import attention, full_attention, is_balanced, to_balan
 from l4jax.ops.cached import attention_to_slots, decode_attention, slot_axes, write_slots
 from l4jax.ops.experts import routed_experts
 from l4jax.ops.head import map_logits
-from pallas_kernels import merge_partial_attention
+from pallas_kernels import QuantizedArray, merge_partial_attention, quantize
 from pallas_kernels.dispatch import target
 
 __all__ = [
+    "QuantizedArray",
     "attention",
     "attention_to_slots",
     "decode_attention",
@@ -19,6 +20,7 @@ __all__ = [
     "map_logits",
     "merge_partial_attention",
     "platform",
+    "quantize",
     "routed_experts",
     "slot_axes",
     "to_balanced",

@@ -8,14 +8,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from l4jax.config import Llama4Config, TextConfig
+from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, param_shardings
+from l4jax.model.quant import quantize_model
 from l4jax.plan.chips import Chip
 from l4jax.sharding import MESH_AXES, SERVING, TRAINING, check_mesh, spec, use_rules
 
@@ -34,7 +37,7 @@ class Job:
     length: int
     """Tokens of a row in training, of the context otherwise."""
     dtype: str = "bfloat16"
-    """Of weights in serving ("bfloat16", "int8", "int4"), of computation in training."""
+    """Of weights in serving (bfloat16, or a name in `quant.SCHEMES`), of computation in training."""
     piece: int = 2048
     """Tokens that a prefill reads at once."""
     remat: str = "full"
@@ -72,18 +75,20 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def weight_bytes(dtype: str, path: str, numbers: int) -> float:
-    """Returns the bytes of a parameter of `numbers` numbers; quantised models keep small parameters in bfloat16."""
-    if dtype in ("int8", "int4") and is_quantized(path):
-        return numbers * (1 if dtype == "int8" else 0.5)
-    return numbers * (4 if dtype == "float32" else 2)
+def serving_model(job: Job) -> Llama4:
+    """Returns the model that serves, as shapes: in bfloat16, or in the few bits that the job asks for."""
+    model = abstract_model(job.config, dtype=jnp.bfloat16, scan_layers=True)
+    return model if job.dtype == "bfloat16" else quantize_model(model, job.dtype)
 
 
-def is_quantized(path: str) -> bool:
-    """Whether a quantised model keeps this parameter in few bits: matrices of the text layers but the router."""
-    if not path.startswith("layers."):
-        return False
-    return ".experts." in path or (path.endswith(".kernel") and ".router." not in path)
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Returns the bytes of one device's part of a tree of abstract arrays."""
+
+    def size(leaf, place) -> float:
+        bits = 4 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize * 8
+        return math.prod(place.shard_shape(leaf.shape)) * bits / 8
+
+    return round(sum(jax.tree.leaves(jax.tree.map(size, tree, shardings))))
 
 
 def needs(job: Job, sizes: Mapping[str, int]) -> Needs:
@@ -96,15 +101,14 @@ def needs(job: Job, sizes: Mapping[str, int]) -> Needs:
     check_mesh(job.config, sizes, rows=rows, length=job.length if job.mode == "train" else None)
     mesh, whole = abstract_mesh(sizes), {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     with use_rules(job.rules):
-        model = abstract_model(job.config, dtype=jnp.float32, scan_layers=True)
-        shardings = param_shardings(model, mesh)
-        shards = {path: math.prod(shardings[path].shard_shape(leaf.shape)) for path, leaf in flat_params(model).items()}
-        numbers = sum(shards.values())
         if job.mode == "train":
+            model = abstract_model(job.config, dtype=jnp.float32, scan_layers=True)
+            weights = bytes_per_device(flat_params(model), param_shardings(model, mesh))
             moment = 2 if job.first_moment_dtype == "bfloat16" else 4
-            optimizer = 0 if job.offload_optimizer else numbers * (moment + 4)
-            return Needs(4 * numbers, optimizer, 0, _training_temporaries(job, whole, shards, model))
-        weights = round(sum(weight_bytes(job.dtype, path, count) for path, count in shards.items()))
+            optimizer = 0 if job.offload_optimizer else weights // 4 * (moment + 4)
+            return Needs(weights, optimizer, 0, _training_temporaries(job, whole, weights // 4))
+        model = serving_model(job)
+        weights = bytes_per_device(flat_params(model), param_shardings(model, mesh))
         cache = sum(_cache_of_layer(job, whole, layer) for layer in range(job.config.text_config.num_hidden_layers))
         return Needs(weights, 0, cache, _serving_temporaries(job, whole))
 
@@ -127,7 +131,7 @@ def _cache_of_layer(job: Job, sizes, layer: int) -> int:
     return 2 * 2 * math.prod(shape) // _parts(axes, shape, sizes)
 
 
-def _training_temporaries(job: Job, sizes, shards: Mapping[str, int], model: nnx.Module) -> int:
+def _training_temporaries(job: Job, sizes, num_weights: int) -> int:
     """Gradients, what layers keep, one layer at work with its gathered weights, and the head. An estimate."""
     text = job.config.text_config
     tokens = job.tokens // job.microbatches // _parts(("batch", "length"), (job.batch, job.length), sizes)
@@ -136,8 +140,7 @@ def _training_temporaries(job: Job, sizes, shards: Mapping[str, int], model: nnx
     layer = _layer_numbers(text, sizes["expert"] * tensor, tensor)
     busy = tokens * (6 * text.hidden_size + 4 * text.intermediate_size // tensor) * 2 * 2
     head = text.vocab_size // tensor * text.hidden_size * (2 + 4) + (1 << 30)
-    gradients = 4 * sum(shards.values())
-    return gradients + kept + max(2 * 2 * layer + busy, head)
+    return 4 * num_weights + kept + max(2 * 2 * layer + busy, head)
 
 
 def _layer_numbers(text: TextConfig, expert_parts: int, parts: int) -> int:
@@ -185,7 +188,7 @@ def attention_flops(config: Llama4Config, start: int, stop: int) -> float:
 
 
 def model_flops(job: Job) -> float:
-    """Returns the FLOPs that the model itself asks for in a step, by all devices; nothing made twice, nothing padded."""
+    """Returns the FLOPs that the model asks for in a step, of all devices; nothing made twice, nothing padded."""
     per_token = 2 * matmul_parameters(job.config)
     if job.mode == "train":
         return 3 * job.batch * (per_token * job.length + attention_flops(job.config, 0, job.length))
@@ -220,7 +223,7 @@ class Bound:
 
 
 def estimated_bound(job: Job, sizes: Mapping[str, int], chip: Chip) -> Bound:
-    """Returns the bound by arithmetic: the model's FLOPs, weights and cache read once, weights and tokens that travel."""
+    """Returns the bound by arithmetic: the model's FLOPs, weights and cache read once, what travels."""
     whole = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     devices, text = math.prod(whole.values()), job.config.text_config
     flops, need = model_flops(job) / devices, needs(job, sizes)

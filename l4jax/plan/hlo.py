@@ -210,9 +210,8 @@ class Program:
 
     def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> float:
         """Returns the bytes that an instruction reads and writes; of slices in a loop only the slice."""
-        inner = (
-            self.computations.get(instruction.attribute("calls") or "", {}) if instruction.opcode == "fusion" else {}
-        )
+        called = instruction.attribute("calls") if instruction.opcode == "fusion" else None
+        inner = self.computations.get(called, {})
         read = 0.0
         for index, name in enumerate(instruction.operands):
             operand = computation.get(name)
@@ -328,13 +327,10 @@ def _read_of(inner: dict[str, Instruction], index: int, size: float) -> float:
     if parameter is None:
         return size
     users = [i for i in inner.values() if parameter.name in i.operands]
-    if users and all(
-        u.opcode in ("dynamic-slice", "gather", "slice") and u.operands[0] == parameter.name for u in users
-    ):
-        return min(size, sum(u.size for u in users))
-    if users and all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
-        return 0.0
-    return size
+    ways = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
+    if users and ways <= {"dynamic-slice", "gather", "slice"}:
+        return min(size, sum(user.size for user in users))
+    return 0.0 if ways == {"dynamic-update-slice"} else size
 
 
 def _cost_estimate(attributes: str) -> dict[str, float]:

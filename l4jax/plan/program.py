@@ -1,6 +1,7 @@
 """The step itself, compiled for devices that are not here: the same functions that train and serve run.
 
-Memory, collectives and FLOPs are facts of the compiled program. Times are not: they are these divided by published peaks.
+Memory, collectives and FLOPs are facts of the compiled program. Times are not: they are these, divided by published
+peaks.
 """
 
 import math
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from l4jax.inference.engine import Engine
 from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
 from l4jax.ops.experts import ROOM
-from l4jax.plan.arithmetic import Bound, Job
+from l4jax.plan.arithmetic import Bound, Job, serving_model
 from l4jax.plan.chips import DCN_BANDWIDTH, Chip
 from l4jax.plan.hlo import Cost, Program
 from l4jax.sharding import make_mesh, named_sharding, use_rules
@@ -130,7 +131,8 @@ def _training(job: Job, mesh: Mesh):
 
 
 def _serving(job: Job, mesh: Mesh):
-    model = abstract_serving_model(job, mesh)
+    model = serving_model(job)
+    model = with_params(model, _placed(flat_params(model), param_shardings(model, mesh)))
     engine = Engine(model, max_len=job.length, mesh=mesh)
     rows = job.batch if job.mode == "decode" else 1
     cache = model.abstract_cache(rows, job.length, mesh)
@@ -138,17 +140,6 @@ def _serving(job: Job, mesh: Mesh):
     if job.mode == "prefill":
         return (lambda: engine.lower_prefill(job.piece)), (), kinds
     return (lambda: engine.lower_decode(rows)), (), kinds
-
-
-def abstract_serving_model(job: Job, mesh: Mesh) -> nnx.Module:
-    """Returns the model that serves, as shapes with their places."""
-    model = abstract_model(job.config, dtype=jnp.bfloat16)
-    shardings = param_shardings(model, mesh)
-    places = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
-        for path, leaf in flat_params(model).items()
-    }
-    return with_params(model, places)
 
 
 def mesh_for(topology: str, num_slices: int, sizes: Mapping[str, int]) -> Mesh:
