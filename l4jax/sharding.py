@@ -119,17 +119,19 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
         raise ValueError(f"mesh {describe(sizes)} needs {needed} devices, {where}{hint}")
     axis_types = (AxisType.Auto,) * len(shape)
     num_slices = len({getattr(device, "slice_index", 0) for device in found})
-    if num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=found[:needed])
     from jax.experimental import mesh_utils
 
+    if num_slices == 1:
+        laid_out = mesh_utils.create_device_mesh(shape, found[:needed], allow_split_physical_axes=True)
+        return Mesh(laid_out, MESH_AXES, axis_types=axis_types)
     if shape[0] % num_slices or needed != len(found):
         raise ValueError(
             f"mesh {describe(sizes)} does not lie on {num_slices} slices of {len(found) // num_slices} devices; use "
             f"every device, and a data axis that is a multiple of {num_slices}"
         )
     inner, across = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, across, found), MESH_AXES, axis_types=axis_types)
+    laid_out = mesh_utils.create_hybrid_device_mesh(inner, across, found, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=axis_types)
 
 
 def check_mesh(config: Llama4Config, sizes: Mapping[str, int], *, rows: int | None = None, length: int | None = None):

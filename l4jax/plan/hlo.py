@@ -221,11 +221,11 @@ class Program:
         written = sum(shape.size for shape in instruction.shapes if not shape.in_fast_memory)
         if instruction.opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * written
-        root = list(inner.values())[-1] if inner else instruction
-        if root.opcode == "dynamic-update-slice" and len(root.operands) > 1:  # in place: the update alone moves
-            update = (inner or computation).get(root.operands[1])
+        root, scope = (list(inner.values())[-1], inner) if inner else (instruction, computation)
+        if root.opcode in ("dynamic-update-slice", "scatter"):  # in place: of the array only the update moves
+            update = scope.get(root.operands[1 if root.opcode == "dynamic-update-slice" else -1])
             size = update.size if update else written
-            return size + (min(read, size) if not inner else max(read - written, 0.0))
+            return size + max(read - written, size)
         return read + written
 
     def _turns(self, instruction: Instruction) -> int | None:
@@ -330,7 +330,7 @@ def _read_of(inner: dict[str, Instruction], index: int, size: float) -> float:
     ways = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
     if users and ways <= {"dynamic-slice", "gather", "slice"}:
         return min(size, sum(user.size for user in users))
-    return 0.0 if ways == {"dynamic-update-slice"} else size
+    return 0.0 if users and ways <= {"dynamic-update-slice", "scatter"} else size
 
 
 def _cost_estimate(attributes: str) -> dict[str, float]:
