@@ -100,23 +100,24 @@ def row_tiles(
         fixed_bytes: bytes of what else stays in fast memory.
     """
     limits = chip()
-    big, small = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     room = limits.vmem_bytes * 7 // 8 - fixed_bytes  # the rest is for the compiler: sums that leave the registers
+    full_speed = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     best = None
-    for cols in (limits.cols, limits.cols // 2, limits.cols // 4):
-        cols = num_cols if num_cols < 128 else max(min(cols, round_down(num_cols, 128)), 128)
-        strip = (room - column_bytes * cols) // (2 * (row_bytes + out_bytes * cols))
-        strip = min(round_down(strip, big if strip >= big else small), limits.strip)
-        if strip >= small and (best is None or strip > best.strip):
-            best = RowTiles(strip, min(big, strip), small, cols)
-        if best is not None and best.strip >= min(_WORTHWHILE_STRIP, num_rows):
+    for big, small in dict.fromkeys((full_speed, _FEW_ROWS)):
+        for cols in (limits.cols, limits.cols // 2, limits.cols // 4):
+            cols = num_cols if num_cols < 128 else max(min(cols, round_down(num_cols, 128)), 128)
+            strip = (room - column_bytes * cols) // (2 * (row_bytes + out_bytes * cols))
+            strip = min(round_down(strip, big if strip >= big else small), limits.strip)
+            if strip >= small and (best is None or strip > best.strip):
+                best = RowTiles(strip, min(big, strip), small, cols)
+            if best is not None and best.strip >= min(_WORTHWHILE_STRIP, num_rows):
+                break
+        if best is not None:
             break
-    if best is None:
-        return None
-    if num_rows <= best.big:
-        all_rows = round_up(num_rows, ALIGNMENT)
-        return RowTiles(all_rows, all_rows, all_rows, best.cols)
-    return best._replace(strip=min(best.strip, round_up(num_rows, ALIGNMENT)))
+    if best is None or num_rows > best.strip:
+        return best
+    strip = round_up(num_rows, ALIGNMENT)
+    return RowTiles(strip, strip, strip, best.cols) if strip <= best.big else best._replace(strip=strip)
 
 
 def outer_tiles(num_rows: int, num_groups: int, depth: int, num_cols: int, itemsize: int) -> OuterTiles:
@@ -124,7 +125,7 @@ def outer_tiles(num_rows: int, num_groups: int, depth: int, num_cols: int, items
     limits = chip()
     big, _ = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     most = limits.outer * 2 // itemsize
-    strip = min(max(2 * big, 256), round_up(num_rows, ALIGNMENT))
+    strip = min(2 * big, round_up(num_rows, ALIGNMENT))
     return OuterTiles(strip, min(big, strip), _tile(depth, most), _tile(num_cols, most))
 
 

@@ -26,7 +26,7 @@ the element-wise part between the kernels is left to XLA, which makes one pass o
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,6 +40,8 @@ from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.tpu import INTERPRET, refuse_platform
+
+Shaped = Array | jax.ShapeDtypeStruct
 
 
 class Steps(NamedTuple):
@@ -239,7 +241,11 @@ def multiply(
 
 
 def row_tiles_for(
-    rows: list[Array], weights: list[Array | QuantizedArray], num_groups: int, transposed: bool, num_results: int
+    rows: Sequence[Shaped],
+    weights: Sequence[Shaped | QuantizedArray],
+    num_groups: int,
+    transposed: bool,
+    num_results: int,
 ) -> tiles.RowTiles | None:
     """Returns the tiles of `multiply` for these operands, None if nothing fits."""
     (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
@@ -265,12 +271,12 @@ def _dot(x: Array, y: Array, contracting: tuple[tuple[int], tuple[int]]) -> Arra
     return lax.dot_general(x, y, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _for(count: Array, body: Callable[[Array], None]) -> None:
+def _for(count: Array | int, body: Callable[[Array], None]) -> None:
     lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
-def _product(x: Array, weight: Array | QuantizedArray, transposed: bool) -> Array:
-    """Returns the float32 product of a block of rows and a tile of weights.
+def _product(x: Array, weight, transposed: bool) -> Array:
+    """Returns the float32 product of a block of rows and a tile of weights, a reference or a quantised pair of them.
 
     Scales of quantised weights multiply the sums, [rows, cols] per scale. Decoding each number in every block costs no
     time: the vector units do it while the matrix units wait for the weights or work.
@@ -289,7 +295,7 @@ def _product(x: Array, weight: Array | QuantizedArray, transposed: bool) -> Arra
     return product
 
 
-def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array, num_rows: int) -> None:
+def _decode_tile(weight: QuantizedArray, tile, first_row: Array, num_rows: int) -> None:
     """Writes rows of a quantised matrix as numbers of the tile's dtype: where the scales lie on the contracted axis.
 
     Args:
@@ -299,7 +305,9 @@ def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array, num_rows
     """
     num_scales = weight.scales.shape[0]
     rows_per_scale = num_rows // num_scales
-    chunk = math.gcd(rows_per_scale, tile.shape[0])
+    chunk = math.gcd(rows_per_scale if num_scales > 1 else 128, tile.shape[0])
+    if chunk % 32:  # rows of a register of 8-bit numbers; only where one scale serves all
+        chunk = tile.shape[0]
 
     def decode(i):
         rows = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
@@ -485,11 +493,18 @@ def refuse(rows_RD, *weights_and_groups) -> str | None:
 
 def refuse_interpreted(rows_RD, *weights_and_groups) -> str | None:
     """Returns why the kernels cannot serve a call on any platform."""
-    *weights, group_sizes_E, _ = weights_and_groups
-    if rows_RD.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"rows are {rows_RD.dtype}, not float32 or bfloat16"
-    if isinstance(weights[0], QuantizedArray) and weights[0].scales.shape[1] > 1:
-        group_size = weights[0].shape[1] // weights[0].scales.shape[1]
-        if group_size % 32:
-            return f"scales for groups of {group_size} rows: tiles of 8-bit numbers need a multiple of 32"
+    *weights, _, _ = weights_and_groups
+    (num_rows, D), (_, _, F), dtype = rows_RD.shape, weights[0].shape, rows_RD.dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"rows are {dtype}, not float32 or bfloat16"
+    if 0 in (num_rows, D, F):
+        return "there is nothing to multiply"
+    if isinstance(weights[0], QuantizedArray):
+        group_size = D // weights[0].scales.shape[1]
+        if group_size < D and group_size % 128:
+            return f"scales for groups of {group_size} numbers; a register has 128 lanes, groups need a multiple of it"
+    gradients = [jax.ShapeDtypeStruct((num_rows, F), dtype)] * len(weights)
+    for rows, transposed, num_results in (([rows_RD], False, 2 * len(weights) - 1), (gradients, True, 1)):
+        if row_tiles_for(rows, weights, 1, transposed, num_results) is None:
+            return f"tiles of weights [{D}, {F}] in {weights[0].dtype} and rows in {dtype} do not fit in fast memory"
     return None
