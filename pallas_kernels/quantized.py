@@ -70,7 +70,9 @@ def quantize(
         ValueError: no such dtype, or groups do not divide the axis.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"cannot quantize to {jnp.dtype(dtype)}; choose one of {', '.join(d.__name__ for d in DTYPES)}")
+        raise ValueError(
+            f"cannot quantize to {jnp.dtype(dtype)}; choose one of {', '.join(d.__name__ for d in DTYPES)}"
+        )
     axes = [a % array.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
     if group_size is not None and (len(axes) > 1 or array.shape[axes[0]] % group_size):
         raise ValueError(f"groups of {group_size} do not divide axis {axis} of an array of shape {array.shape}")

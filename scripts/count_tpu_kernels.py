@@ -57,7 +57,9 @@ def routed_sizes(num_rows: int, num_groups: int):
     """Returns group sizes of `num_rows` rows that choose their group at random."""
     import numpy as np
 
-    return np.bincount(np.random.default_rng(0).integers(0, num_groups, num_rows), minlength=num_groups).astype(np.int32)
+    return np.bincount(np.random.default_rng(0).integers(0, num_groups, num_rows), minlength=num_groups).astype(
+        np.int32
+    )
 
 
 def moved(block_bytes: int, *indices) -> int:
@@ -94,7 +96,9 @@ def grouped_case(
         num_cores = tiles.chip().num_cores
         num_cols = -(-width // t.cols) // num_cores
         ends = np.cumsum(sizes)
-        steps, num_steps = jax.tree.map(np.asarray, tpu.list_steps(Groups(ends - sizes, ends), num_rows, t.strip, num_cols))
+        steps, num_steps = jax.tree.map(
+            np.asarray, tpu.list_steps(Groups(ends - sizes, ends), num_rows, t.strip, num_cols)
+        )
         steps = jax.tree.map(lambda table: table[:num_steps], steps)
         top = steps.strip * t.strip
         first = np.maximum((ends - sizes)[steps.group] - top, 0)

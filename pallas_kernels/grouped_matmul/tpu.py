@@ -95,11 +95,12 @@ def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tupl
     group = jnp.sum(jnp.where(has_rows_e & (nth_e == wanted[:, None]), jnp.arange(num_groups), 0), 1)
 
     # Where a strip has no group, name the blocks of the next step or the last one that has: nothing is read for it.
-    first_strip, last_strip = first_row // strip, jnp.maximum(end_row - 1, 0) // strip
+    last_strip = jnp.maximum(end_row - 1, 0) // strip
+    first_strip = jnp.minimum(first_row // strip, last_strip)
     waiting_cols = jnp.where(strip_of < first_strip, 0, num_cols - 1)
     steps = Steps(
         strip=strip_of,
-        rows_strip=jnp.clip(strip_of, jnp.minimum(first_strip, last_strip), last_strip),
+        rows_strip=jnp.clip(strip_of, first_strip, last_strip),
         cols=cols,
         weight_cols=jnp.where(_take(num_groups_s, strip_of) > 0, cols, waiting_cols),
         group=group,
@@ -349,9 +350,7 @@ def list_outer_steps(groups: Groups, num_rows: int, strip: int) -> tuple[OuterSt
     return jax.tree.map(lambda table: table.astype(jnp.int32), steps), end_e[-1].astype(jnp.int32)
 
 
-def outer_products(
-    rows_RD: Array, others_RF: Array, groups: Groups, num_groups: int, interpret: bool = False
-) -> Array:
+def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_groups: int, interpret: bool = False) -> Array:
     """Returns the sum over each group's rows of `outer(row, other)`, [e, D, F]; zeros for groups without rows."""
     (num_rows, depth), width, dtype = rows_RD.shape, others_RF.shape[1], rows_RD.dtype
     t = tiles.outer_tiles(num_rows, num_groups, depth, width, dtype.itemsize)

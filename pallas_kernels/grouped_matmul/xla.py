@@ -71,9 +71,7 @@ def _for_each_block(cuts: _Cuts, group: Array, visit: Callable, carry):
     num_big = cuts.num_big_e[group]
     carry = lax.fori_loop(0, num_big, lambda i, carry: visit(carry, big, start + i * big, end), carry)
     rest = start + num_big * big
-    return lax.fori_loop(
-        0, cuts.num_small_e[group], lambda i, carry: visit(carry, small, rest + i * small, end), carry
-    )
+    return lax.fori_loop(0, cuts.num_small_e[group], lambda i, carry: visit(carry, small, rest + i * small, end), carry)
 
 
 def _locate(num_rows: int, block: int, first: Array, end: Array) -> tuple[Array, Array]:
