@@ -143,7 +143,6 @@ def multiply(
     num_cores = tiles.chip().num_cores if num_cols % tiles.chip().num_cores == 0 else 1
     num_cols //= num_cores
     steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols)
-    quantized = isinstance(weights[0], QuantizedArray)
 
     def rows_index(core, step, steps):
         return steps.rows_strip[step], 0
@@ -164,8 +163,9 @@ def multiply(
             return QuantizedArray(weights_spec(weight.values), scales)
         return pl.BlockSpec((None, t.cols, depth) if transposed else (None, depth, t.cols), weights_index)
 
-    def kernel(steps, rows, weights, results, decoded):
+    def kernel(steps, rows, weights, results):
         step = pl.program_id(1)
+        first_col = (pl.program_id(0) * num_cols + steps.cols[step]) * t.cols
         top, group = steps.strip[step] * t.strip, steps.group[step]
         first = jnp.maximum(steps.groups.start_e[group] - top, 0)
         end = jnp.minimum(steps.groups.end_e[group] - top, t.strip)
@@ -175,20 +175,14 @@ def multiply(
             for result in results:
                 result[...] = jnp.zeros_like(result)
 
-        if decoded:
-
-            @pl.when(end > first)
-            def _decode():
-                first_col = (pl.program_id(0) * num_cols + steps.weight_cols[step]) * t.cols
-                for weight, tile in zip(weights, decoded, strict=True):
-                    _decode_tile(weight, tile, first_col, width)
-
         def multiply_block(at, size):
             at = pl.multiple_of(at, tiles.ALIGNMENT)
             block = pl.ds(at, size)
             products = [
-                _product(x[block, :], tile, transposed)
-                for x, tile in zip(rows * (len(weights) // len(rows)), decoded or weights, strict=True)
+                _product_transposed(x[block, :], weight, first_col, width)
+                if transposed
+                else _product(x[block, :], weight)
+                for x, weight in zip(rows * (len(weights) // len(rows)), weights, strict=True)
             ]
             finished = [value.astype(dtype) for value in finish(*products)]
             within = (at >= first) & (at + size <= end)
@@ -214,7 +208,7 @@ def multiply(
             num_small -= num_big * (t.big // t.small)
             _for(num_small, lambda i: multiply_block(jnp.minimum(rest + i * t.small, t.strip - t.small), t.small))
 
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    weight_bytes = sum(leaf.size * tiles.bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(weights))
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -225,7 +219,6 @@ def multiply(
                 [weights_spec(weight) for weight in weights],
             ],
             out_specs=[[pl.BlockSpec((t.strip, t.cols), result_index)] * num_results],
-            scratch_shapes=[[pltpu.VMEM((t.cols, depth), dtype)] * len(weights) if transposed and quantized else []],
         ),
         out_shape=[[jax.ShapeDtypeStruct((num_rows, width), dtype)] * num_results],
         compiler_params=pltpu.CompilerParams(
@@ -251,18 +244,20 @@ def row_tiles_for(
     """Returns the tiles of `multiply` for these operands, None if nothing fits."""
     (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
     width = weights[0].shape[1 if transposed else 2]
-    column_bytes = scale_bytes = 0
+    column_bytes = fixed_bytes = 0
     for weight in weights:
         column_bytes += 2 * depth * tiles.bits(weight.dtype) // 8
-        if isinstance(weight, QuantizedArray):
-            column_bytes += depth * itemsize if transposed else 0
-            scale_bytes += 2 * 4 * tiles.round_up(weight.scales.shape[1], 8) * (depth if transposed else 1)
         if itemsize == 4:
             column_bytes += 3 * 2 * depth  # the compiler multiplies float32 as three bfloat16 parts
-    if not transposed:
-        column_bytes, scale_bytes = column_bytes + scale_bytes, 0
+        if isinstance(weight, QuantizedArray):
+            scale_bytes = 2 * 4 * tiles.round_up(weight.scales.shape[1], 8)  # of one column of scales
+            if transposed:
+                column_bytes += depth * itemsize  # the compiler keeps the decoded tile
+                fixed_bytes += depth * scale_bytes
+            else:
+                column_bytes += scale_bytes
     return tiles.row_tiles(
-        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, scale_bytes
+        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, fixed_bytes
     )
 
 
@@ -276,47 +271,43 @@ def _for(count: Array | int, body: Callable[[Array], None]) -> None:
     lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
-def _product(x: Array, weight, transposed: bool) -> Array:
-    """Returns the float32 product of a block of rows and a tile of weights, a reference or a quantised pair of them.
+def _product(x: Array, weight) -> Array:
+    """Returns the float32 product of rows [rows, depth] and a tile [depth, cols], plain or quantised.
 
-    Scales of quantised weights multiply the sums, [rows, cols] per scale. Decoding each number in every block costs no
-    time: the vector units do it while the matrix units wait for the weights or work.
+    Scales multiply the sums. That every block decodes the tile anew costs nothing: vector units do it while the matrix
+    units work or wait for weights.
     """
-    if transposed:
-        return _dot(x, weight[...], ((1,), (1,)))
     if not isinstance(weight, QuantizedArray):
         return _dot(x, weight[...], ((1,), (0,)))
     num_scales = weight.scales.shape[0]
-    chunk = x.shape[1] // num_scales
+    numbers_per_scale = x.shape[1] // num_scales
     product = 0.0
     for nth in range(num_scales):
-        part = slice(nth * chunk, (nth + 1) * chunk)
+        part = slice(nth * numbers_per_scale, (nth + 1) * numbers_per_scale)
         sums = _dot(x[:, part], weight.values[part, :].astype(x.dtype), ((1,), (0,)))
         product += sums * weight.scales[nth : nth + 1, :]
     return product
 
 
-def _decode_tile(weight: QuantizedArray, tile, first_row: Array, num_rows: int) -> None:
-    """Writes rows of a quantised matrix as numbers of the tile's dtype: where the scales lie on the contracted axis.
+def _product_transposed(x: Array, weight, first_col: Array, width: int) -> Array:
+    """Returns the float32 product of rows [rows, depth] and a tile [cols, depth], plain or quantised.
+
+    Scales lie on the contracted axis, so they multiply the tile.
 
     Args:
-        weight: values of the tile, scales of all rows.
-        first_row: which row of the matrix is the tile's first.
-        num_rows: rows of the matrix.
+        first_col: which of the `width` columns of the result is the tile's first: scales are those of all columns.
     """
-    num_scales = weight.scales.shape[0]
-    rows_per_scale = num_rows // num_scales
-    chunk = math.gcd(rows_per_scale if num_scales > 1 else 128, tile.shape[0])
-    if chunk % 32:  # rows of a register of 8-bit numbers; only where one scale serves all
-        chunk = tile.shape[0]
-
-    def decode(i):
-        rows = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
-        nth = jnp.minimum((first_row + i * chunk) // rows_per_scale, num_scales - 1)
-        values = weight.values[rows, :].astype(jnp.float32)
-        tile[rows, :] = (values * weight.scales[pl.ds(nth, 1), :]).astype(tile.dtype)
-
-    _for(tile.shape[0] // chunk, decode)
+    if not isinstance(weight, QuantizedArray):
+        return _dot(x, weight[...], ((1,), (1,)))
+    num_scales, cols = weight.scales.shape[0], weight.values.shape[0]
+    cols_per_scale = width // num_scales
+    step = cols if num_scales == 1 else math.gcd(cols_per_scale, cols)
+    parts = []
+    for start in range(0, cols, step):
+        nth = jnp.minimum((first_col + start) // cols_per_scale, num_scales - 1)
+        values = weight.values[start : start + step, :].astype(jnp.float32)
+        parts.append((values * weight.scales[pl.ds(nth, 1), :]).astype(x.dtype))
+    return _dot(x, jnp.concatenate(parts), ((1,), (1,)))
 
 
 class OuterSteps(NamedTuple):
@@ -402,7 +393,7 @@ def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_groups:
             transcendentals=0,
         ),
         interpret=INTERPRET if interpret else False,
-        name="groupedouter_products",
+        name="grouped_outer_products",
     )(steps, rows_RD, others_RF)
 
 
