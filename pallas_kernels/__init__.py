@@ -7,5 +7,14 @@ in `__init__.py`, its specification in `reference.py`, and one file per fast imp
 from pallas_kernels.attention import attention, merge_partial_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.quantized import QuantizedArray, quantize
 
-__all__ = ["attention", "decode_attention", "grouped_matmul", "grouped_swiglu", "merge_partial_attention"]
+__all__ = [
+    "QuantizedArray",
+    "attention",
+    "decode_attention",
+    "grouped_matmul",
+    "grouped_swiglu",
+    "merge_partial_attention",
+    "quantize",
+]

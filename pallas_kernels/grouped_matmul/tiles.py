@@ -1,9 +1,13 @@
 """Tile sizes of the TPU kernels: what fits a chip's memory, and what its matrix units like.
 
-Counted, not timed: static bundles of the compiled loop bodies (`scripts/count_tpu_kernels.py`), jax 0.10.2, libtpu
-0.0.42.1. A product of 5120 x 512 weights with 32, 64, 128, 256, 512 rows takes 1.45, 2.6, 4.6, 8.8, - thousand
-bundles on v5e and v5p, 1.2, 1.3, 1.5, 2.8, 5.3 on v6e and 0.8, 0.9, 1.1, 1.6, 2.4 on tpu7x: below the `big` of a chip
-it waits for weights to be loaded into the units.
+Counted, not timed (`scripts/count_tpu_kernels.py`): static bundles of a product with 5120 x 512 bfloat16 weights, jax
+0.10.2, libtpu 0.0.42.1. Below some number of rows it takes as long as loading the weights into the matrix units.
+
+| rows       |   32 |   64 |  128 |  256 |  512 |
+|------------|------|------|------|------|------|
+| v5e, v5p   | 1452 | 2562 | 4611 | 8766 |      |
+| v6e        | 1217 | 1334 | 1538 | 2788 | 5331 |
+| tpu7x      |  784 |  892 | 1136 | 1550 | 2358 |
 """
 
 from typing import NamedTuple
@@ -116,8 +120,8 @@ def row_tiles(
             break
     if best is None or num_rows > best.strip:
         return best
-    strip = round_up(num_rows, ALIGNMENT)
-    return RowTiles(strip, strip, strip, best.cols) if strip <= best.big else best._replace(strip=strip)
+    strip = round_up(num_rows, best.small)
+    return best._replace(strip=strip, big=min(best.big, strip))
 
 
 def outer_tiles(num_rows: int, num_groups: int, depth: int, num_cols: int, itemsize: int) -> OuterTiles:

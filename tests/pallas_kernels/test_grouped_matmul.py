@@ -184,6 +184,19 @@ def test_equals_a_loop_over_the_rows(implementation):
     assert relative_error(grouped_swiglu(rows, gate, up, sizes, implementation=implementation), swiglu) <= 1e-6
 
 
+def test_arguments_that_do_not_fit_are_refused():
+    rows, weights, sizes = jnp.ones((4, 64)), jnp.ones((2, 64, 96)), jnp.array([1, 3])
+    quantized = quantize(weights, jnp.int8, axis=1)
+    with pytest.raises(ValueError, match=r"must be \[2, 64, F\]"):
+        grouped_matmul(rows, weights[:1], sizes)
+    with pytest.raises(ValueError, match=r"must be \[at most 2, 64, F\]"):
+        grouped_matmul(rows, jnp.ones((3, 64, 96)), sizes, group_offset=0)
+    with pytest.raises(ValueError, match="gate and up differ"):
+        grouped_swiglu(rows, weights, quantized, sizes)
+    with pytest.raises(ValueError, match=r"scales of shape \(2, 5, 96\); expected \[2, G, 96\], G | 64"):
+        grouped_matmul(rows, QuantizedArray(quantized.values, jnp.ones((2, 5, 96))), sizes)
+
+
 def test_blocks_hold_all_rows_and_little_else():
     group_sizes = jnp.arange(600)
     num_big, num_small = block_counts(group_sizes, big=128, small=32)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from l4jax.topology import CHIPS, compile_ahead, one_chip
 from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels.dispatch import implementations
 from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.quantized import QuantizedArray
@@ -145,14 +146,21 @@ def test_compiles_for_sizes_that_no_tile_divides(matrix):
 
 def test_pallas_says_why_it_cannot_serve_a_call():
     rows, weights, sizes = jnp.ones((4, 64)), jnp.ones((2, 64, 96)), jnp.array([1, 3])
+    half_rows, half_weights = rows.astype(jnp.float16), weights.astype(jnp.float16)
+    quantized = QuantizedArray(weights.astype(jnp.int8), jnp.ones((2, 2, 96)))
+    high = jnp.ones((2, 1 << 20, 8)), jnp.ones((4, 1 << 20))
     with pytest.raises(ValueError, match="needs a TPU, this is a cpu"):
         grouped_matmul(rows, weights, sizes, implementation="pallas")
     with pytest.raises(ValueError, match="float16, not float32 or bfloat16"):
-        half = jnp.float16
-        grouped_matmul(rows.astype(half), weights.astype(half), sizes, implementation="interpret")
+        grouped_matmul(half_rows, half_weights, sizes, implementation="interpret")
     with pytest.raises(ValueError, match="scales for groups of 32 numbers"):
-        quantized = QuantizedArray(weights.astype(jnp.int8), jnp.ones((2, 2, 96)))
         grouped_matmul(rows, quantized, sizes, implementation="interpret")
     with pytest.raises(ValueError, match="do not fit in fast memory"):
-        huge = jnp.ones((1, 8, 1 << 20)), jnp.array([1])
-        grouped_matmul(jnp.ones((1, 8)), *huge, implementation="interpret")
+        grouped_matmul(high[1], high[0], sizes, implementation="interpret")
+    with pytest.raises(ValueError, match="nothing to multiply"):
+        grouped_matmul(rows[:0], weights, sizes, implementation="interpret")
+
+
+def test_auto_never_interprets():
+    names = implementations("grouped_swiglu")
+    assert names.index("xla") < names.index("interpret")  # xla serves every call
