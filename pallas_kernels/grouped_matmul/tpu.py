@@ -164,7 +164,7 @@ def multiply(
             return QuantizedArray(weights_spec(weight.values), scales)
         return pl.BlockSpec((None, t.cols, depth) if transposed else (None, depth, t.cols), weights_index)
 
-    def kernel(steps, rows, weights, results):
+    def kernel(steps, rows, weights, results, sums):
         step = pl.program_id(1)
         first_col = (pl.program_id(0) * num_cols + steps.cols[step]) * t.cols
         top, group = steps.strip[step] * t.strip, steps.group[step]
@@ -176,15 +176,18 @@ def multiply(
             for result in results:
                 result[...] = jnp.zeros_like(result)
 
+        def product(x, weight):
+            return _product_transposed(x, weight, first_col, width) if transposed else _product(x, weight)
+
         def multiply_block(at, size):
             at = pl.multiple_of(at, tiles.ALIGNMENT)
             block = pl.ds(at, size)
-            products = [
-                _product_transposed(x[block, :], weight, first_col, width)
-                if transposed
-                else _product(x[block, :], weight)
-                for x, weight in zip(rows * (len(weights) // len(rows)), weights, strict=True)
-            ]
+            xs = [x[block, :] for x in rows * (len(weights) // len(rows))]
+            # All but the last wait in memory: the matrix units of tpu7x have accumulators for one, and would start
+            # over for parts of two (counted: 6.8 thousand bundles instead of 5.4).
+            for held, x, weight in zip(sums, xs, weights, strict=False):
+                held[:size, :] = product(x, weight)
+            products = [*(held[:size, :] for held in sums), product(xs[-1], weights[-1])]
             finished = [value.astype(dtype) for value in finish(*products)]
             within = (at >= first) & (at + size <= end)
 
@@ -220,6 +223,7 @@ def multiply(
                 [weights_spec(weight) for weight in weights],
             ],
             out_specs=[[pl.BlockSpec((t.strip, t.cols), result_index)] * num_results],
+            scratch_shapes=[[pltpu.VMEM((t.big, t.cols), jnp.float32)] * (len(weights) - 1)],
         ),
         out_shape=[[jax.ShapeDtypeStruct((num_rows, width), dtype)] * num_results],
         compiler_params=pltpu.CompilerParams(
