@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention, merge_partial_attention
-from pallas_kernels.attention.xla import FULL, HIDDEN, _Labels, block_kinds, block_sizes
+from pallas_kernels.attention.blocks import FULL, HIDDEN, make_labels
+from pallas_kernels.attention.xla import block_kinds, block_sizes
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.shapes import TEXT_SHAPES, VISION_SHAPES
 from tests.pallas_kernels.helpers import LIMITS, assert_close, normal, relative_error
@@ -184,8 +185,8 @@ def test_parts_merge_to_the_whole(implementation):
 
 def count_blocks(T, chunk_size=None, segments=None):
     q_block, kv_block = block_sizes(T, T, 8, jnp.dtype("float32"))
-    labels = _Labels(jnp.arange(T)[None], segments)
-    kinds = np.asarray(block_kinds(labels, labels, q_block, kv_block, True, chunk_size))
+    labels = make_labels((1, T, T), None, None, segments, segments, True, chunk_size)
+    kinds = np.asarray(block_kinds(*labels, q_block, kv_block))
     return q_block, kv_block, kinds
 
 
