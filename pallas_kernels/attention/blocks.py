@@ -26,14 +26,14 @@ class Queries(NamedTuple):
 
     low: Int[AnyArray, "B T"]
     high: Int[AnyArray, "B T"]
-    segment: Int[AnyArray, "B T"] | None
+    segment: Int[AnyArray, "B T"] | None = None
 
 
 class Keys(NamedTuple):
     """The position of each key, and its segment (None: there is only one)."""
 
     position: Int[AnyArray, "B S"]
-    segment: Int[AnyArray, "B S"] | None
+    segment: Int[AnyArray, "B S"] | None = None
 
 
 # What pads a row to whole blocks: queries that see nothing, keys that nobody sees.
@@ -51,8 +51,8 @@ class QueryRanges(NamedTuple):
     """The interval that each of them sees: from here"""
     common_high: AnyArray
     """to here; no key lies in it if one of them is padding."""
-    first_segment: AnyArray | None
-    last_segment: AnyArray | None
+    first_segment: AnyArray | None = None
+    last_segment: AnyArray | None = None
 
 
 class KeyRanges(NamedTuple):
@@ -64,8 +64,8 @@ class KeyRanges(NamedTuple):
     """Largest position."""
     end: AnyArray
     """Largest position if none of them is padding; else beyond every interval."""
-    first_segment: AnyArray | None
-    last_segment: AnyArray | None
+    first_segment: AnyArray | None = None
+    last_segment: AnyArray | None = None
 
 
 def make_labels(
@@ -79,11 +79,11 @@ def make_labels(
 ) -> tuple[Queries, Keys]:
     """Returns the labels of all queries and keys, for a call of B rows, T queries and S keys.
 
-    They are NumPy arrays with one row for all where the call gives neither positions nor segments.
+    They are NumPy arrays where the call gives neither positions nor segments.
     """
     batch, num_queries, num_keys = shape
     given = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
-    xp, batch = (np, 1) if all(x is None for x in given) else (jnp, batch)
+    xp = np if all(x is None for x in given) else jnp
 
     def or_default(values, default):
         return xp.broadcast_to(default, (batch, len(default))) if values is None else values.astype(xp.int32)
@@ -97,7 +97,7 @@ def make_labels(
     if causal:
         high = q_position
     if q_segment_ids is None and kv_segment_ids is None:
-        return Queries(low, high, None), Keys(position, None)
+        return Queries(low, high), Keys(position)
     q_segment = or_default(q_segment_ids, xp.ones(num_queries, xp.int32))
     segment = or_default(kv_segment_ids, xp.ones(num_keys, xp.int32))
     low, high = xp.where(q_segment == 0, _MOST, low), xp.where(q_segment == 0, _LEAST, high)
@@ -133,10 +133,10 @@ def key_ranges(keys: Keys, block: int) -> KeyRanges:
     return KeyRanges(position.min(2), last, position.max(2), *_segment_range(keys.segment, block))
 
 
-def _segment_range(segment: AnyArray | None, block: int) -> tuple[AnyArray, AnyArray] | tuple[None, None]:
-    """Returns the smallest and largest segment per block, without padding."""
+def _segment_range(segment: AnyArray | None, block: int) -> tuple[AnyArray, AnyArray] | tuple[()]:
+    """Returns the smallest and largest segment per block, without padding; nothing if there is only one."""
     if segment is None:
-        return None, None
+        return ()
     segment = _blocked(segment, block)
     return _xp(segment).where(segment == 0, _MOST, segment).min(2), segment.max(2)
 

@@ -275,5 +275,4 @@ def attention(
     queries, keys = make_labels(
         (B, T, S), q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, causal, chunk_size
     )
-    queries, keys = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, x.shape[1])), (queries, keys))
     return _attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale)
