@@ -1,4 +1,4 @@
-"""The order in which the TPU kernels visit pairs of blocks, as a list in scalar memory, and the bytes that it moves.
+"""The order in which the TPU kernels visit pairs of blocks, as a list in scalar memory.
 
 Only pairs in which some query may see some key are in the list, so hidden blocks are neither loaded nor computed, and
 the grid is as long as the list. It is sorted by row of the batch, query block, key block: a query block stays in fast
@@ -17,13 +17,10 @@ from pallas_kernels.attention.blocks import (
     Queries,
     every_pair,
     key_ranges,
-    make_labels,
     may_see,
-    pad_labels,
     query_ranges,
-    see_all,
 )
-from pallas_kernels.attention.tiles import LANES, Tiles
+from pallas_kernels.attention.tiles import Tiles
 
 MAX_VISITS = 2**17
 """Numbers in a list: half of the scalar memory, 1 MiB on every chip. The ranges of the tiles lie there too."""
@@ -117,57 +114,3 @@ def list_visits(
         visits, count = xp.append(visits, stores), count + stores.size
     visits = xp.append(xp.sort(visits), NO_VISIT).astype(xp.int32)
     return visits, int(count) if xp is np else count
-
-
-class Traffic(NamedTuple):
-    """What one call of the kernel does, counted from its grid and block shapes.
-
-    Attributes:
-        visits: pairs of blocks, over all heads; each is one step of the grid.
-        full_tiles, partial_tiles: tiles of scores computed without and with a mask, per query head.
-        bytes_read, bytes_written: between the chip's memory and fast memory, queries, keys, values and results.
-    """
-
-    visits: int
-    full_tiles: int
-    partial_tiles: int
-    bytes_read: int
-    bytes_written: int
-
-
-def forward_traffic(
-    shape: tuple[int, int, int, int, int, int],
-    tiles: Tiles,
-    itemsize: int,
-    causal: bool,
-    chunk_size: int | None,
-    q_positions: np.ndarray | None = None,
-    kv_positions: np.ndarray | None = None,
-    q_segment_ids: np.ndarray | None = None,
-    kv_segment_ids: np.ndarray | None = None,
-) -> Traffic:
-    """Returns what the forward kernel does for a call with `shape` (B, T, S, N, K, H) of `itemsize` bytes a number."""
-    B, T, S, N, K, H = shape
-    given = q_positions, kv_positions, q_segment_ids, kv_segment_ids
-    queries, keys = make_labels((B, T, S), *given, causal, chunk_size)
-    queries, keys = (type(x)(*(None if y is None else np.asarray(y) for y in x)) for x in (queries, keys))
-    queries, keys = pad_labels(queries, tiles.q_block), pad_labels(keys, tiles.kv_block)
-    plan = Plan(tiles, -(-T // tiles.q_block), -(-S // tiles.kv_block))
-    visits, count = list_visits(plan, queries, keys, every_query=True, store_keys=False)
-    visits = visits[:count]
-
-    def loads(*indices):
-        """Returns how often a block is loaded: when the index differs from the one before."""
-        moves = np.any([index[1:] != index[:-1] for index in indices], axis=0)
-        return int(moves.sum()) + 1
-
-    ranges = every_pair(query_ranges(queries, tiles.q_tile), key_ranges(keys, tiles.kv_tile))
-    full = see_all(*ranges)
-    lanes = -(-H // LANES) * LANES  # memory is tiled: a narrow head is stored and moved at this width
-    q_bytes = loads(plan.row(visits)) * tiles.q_block * N * lanes * itemsize
-    kv_bytes = loads(plan.batch(visits), plan.kv_index(visits)) * tiles.kv_block * K * lanes * itemsize
-    lse_bytes = B * plan.num_q_blocks * tiles.q_block * N * 4
-    return Traffic(
-        count * K // tiles.kv_heads, int(full.sum()), int((may_see(*ranges) & ~full).sum()),
-        q_bytes + 2 * kv_bytes, q_bytes + lse_bytes,
-    )  # fmt: skip

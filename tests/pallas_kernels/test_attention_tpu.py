@@ -12,7 +12,7 @@ from pallas_kernels import attention
 from pallas_kernels.attention import tiles, tpu
 from pallas_kernels.attention.reference import visible
 from pallas_kernels.attention.tiles import Tiles, backward_tiles, forward_tiles
-from pallas_kernels.attention.visits import forward_traffic
+from pallas_kernels.attention.traffic import Call, backward_traffic, forward_traffic
 from pallas_kernels.shapes import TEXT_SHAPES, VISION_SHAPES
 from tests.pallas_kernels.helpers import assert_close, normal
 
@@ -68,13 +68,24 @@ def ideal_bytes(T, chunk_size, q_block):
 @pytest.mark.parametrize("device_kind", ["TPU v5 lite", "TPU v6 lite"])
 def test_reads_what_the_mask_needs(device_kind, chunk_size):
     T = 131_072
-    shape = 1, T, T, *HEADS
+    call = Call(1, T, T, *HEADS, itemsize=2, chunk_size=chunk_size)
     sizes = forward_tiles(T, T, *HEADS[:2], device_kind)
-    traffic = forward_traffic(shape, sizes, 2, True, chunk_size)
+    traffic = forward_traffic(call, sizes)
     assert traffic.bytes_read <= 1.1 * ideal_bytes(T, chunk_size, sizes.q_block)
     scores = (traffic.full_tiles + traffic.partial_tiles) * sizes.q_tile * sizes.kv_tile
     visible_scores = T * ((chunk_size or T) + 1) / 2
     assert scores <= (1.07 if chunk_size else 1.01) * visible_scores
+
+    # Backward, too, hidden blocks cost nothing, although the keys go in several passes.
+    sizes = backward_tiles(T, T, *HEADS[:2], device_kind)
+    keys_per_pass = tiles.keys_per_pass(sizes, scout.head_dim, device_kind)
+    traffic = backward_traffic(call, sizes, keys_per_pass)
+    assert traffic.full_tiles + traffic.partial_tiles <= 1.07 * visible_scores / (sizes.q_tile * sizes.kv_tile)
+    num_blocks = T // 1024
+    passes_of_a_query_block = (
+        1 if chunk_size else sum(1 + i * 1024 // keys_per_pass for i in range(num_blocks)) / num_blocks
+    )
+    assert traffic.rows == num_blocks * passes_of_a_query_block * scout.num_kv_heads
 
 
 @pytest.mark.parametrize("chunk_size", [None, 512])
@@ -86,7 +97,8 @@ def test_visits_the_blocks_that_the_mask_needs(order, chunk_size):
     segments = np.repeat([1, 2, 3, 0], lengths)
     labels = [x.reshape(8, 256)[order].reshape(1, T) for x in (positions, positions, segments, segments)]
     mask = np.asarray(visible(*map(jnp.asarray, labels), True, chunk_size))
-    traffic = forward_traffic((1, T, T, 1, 1, 128), Tiles(256, 256, 128, 128, 1), 2, True, chunk_size, *labels)
+    call = Call(1, T, T, 1, 1, 128, 2, True, chunk_size, *labels)
+    traffic = forward_traffic(call, Tiles(256, 256, 128, 128, 1))
     blocks, tiles = (mask.reshape(T // n, n, T // n, n) for n in (256, 128))
     visits = blocks.any((1, 3)).sum() + (~blocks.any((1, 2, 3))).sum()  # a block that sees nothing is written, too
     assert traffic.full_tiles == tiles.all((1, 3)).sum()
