@@ -3,15 +3,18 @@
 The mask is never an array: it follows from positions and segment ids, so whole blocks outside of it cost nothing.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import reference, tpu, xla
 from pallas_kernels.dispatch import dispatch, register
 
+register("attention", "pallas", tpu.attention, tpu.refuse)
 register("attention", "xla", xla.attention)
+register("attention", "interpret", functools.partial(tpu.attention, interpret=True), tpu.refuse_arrays)
 register("attention", "reference", reference.attention)
 
 
