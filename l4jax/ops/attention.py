@@ -19,6 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -213,7 +214,7 @@ def _ring_forward(num_devices, q, k, v, positions, segment_ids):
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf), k, v, positions, segment_ids
     (out, lse, *_), _ = lax.scan(visit, start, None, length=num_devices)
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name(out.astype(q.dtype), "attention"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, positions, segment_ids, out, lse)
 
 

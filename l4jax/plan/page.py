@@ -35,8 +35,8 @@ def write_page(path: Path, name: str, text: TextConfig) -> None:
     report.write_report(
         path,
         title=f"Keys and values of {name}",
-        subtitle=f"{chunked} of {text.num_hidden_layers} layers attend inside chunks of {text.attention_chunk_size or 0:,} "
-        "tokens and need not remember more; the others see everything.",
+        subtitle=f"{chunked} of {text.num_hidden_layers} layers attend inside chunks of "
+        f"{text.attention_chunk_size or 0:,} tokens and need not remember more; the others see everything.",
         numbers=[
             (f"{lines[0][2](longest) / 1e9:,.0f} GB", "for 10 million tokens if every layer keeps everything"),
             (f"{lines[1][2](longest) / 1e9:,.0f} GB", "if chunked layers keep one chunk"),

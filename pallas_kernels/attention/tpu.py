@@ -49,6 +49,7 @@ from pallas_kernels.attention.blocks import (
 from pallas_kernels.attention.tiles import LANES
 from pallas_kernels.attention.visits import MAX_VISITS, Plan, list_visits
 from pallas_kernels.dispatch import target
+from pallas_kernels.residuals import name_attention
 from pallas_kernels.tpu import INTERPRET, refuse_platform
 
 _LOG2_E = math.log2(math.e)
@@ -519,7 +520,7 @@ def _attention(q, k, v, given, causal, chunk_size, scale, interpret):
 
 
 def _attention_forward(q, k, v, given, causal, chunk_size, scale, interpret):
-    out, lse = _forward(q, k, v, given, causal, chunk_size, scale, interpret)
+    out, lse = name_attention(*_forward(q, k, v, given, causal, chunk_size, scale, interpret))
     return (out, lse), (q, k, v, given, out, lse)
 
 
@@ -528,6 +529,14 @@ def _attention_backward(causal, chunk_size, scale, interpret, residuals, cotange
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale", "interpret"))
+def attention_gradients(
+    q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN, causal, chunk_size, scale, interpret=False
+):
+    arrays = q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN
+    return _backward(*arrays, causal, chunk_size, scale, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale", "interpret"))

@@ -33,6 +33,7 @@ from pallas_kernels.attention.blocks import (
     see_all,
     visible,
 )
+from pallas_kernels.residuals import name_attention
 from pallas_kernels.slices import from_bits, read_slice, to_bits
 
 # Below every score, yet finite: -inf - -inf would be NaN.
@@ -251,7 +252,7 @@ def _attention(q, k, v, queries, keys, scale):
 
 
 def _attention_forward(q, k, v, queries, keys, scale):
-    out, lse = _forward(q, k, v, queries, keys, scale)
+    out, lse = name_attention(*_forward(q, k, v, queries, keys, scale))
     return (out, lse), (q, k, v, queries, keys, out, lse)
 
 
@@ -262,6 +263,14 @@ def _attention_backward(scale, residuals, cotangents):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale"))
+def attention_gradients(
+    q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN, causal, chunk_size, scale
+):
+    labels = make_labels((*q_BTNH.shape[:2], k_BSKH.shape[1]), *given, causal, chunk_size)
+    return _backward(q_BTNH, k_BSKH, v_BSKH, *labels, scale, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN)
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale"))
