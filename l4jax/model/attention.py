@@ -41,7 +41,7 @@ class Tokens:
     aligned: bool = False
     """Whether position p is the p-th token of every row."""
     balanced: bool = False
-    """Whether rows that are split over devices lie in balanced order (`ops/attention.py`)."""
+    """Whether rows that are split over devices lie in balanced order (`ops/self_attention.py`)."""
 
     @classmethod
     def create(cls, config: TextConfig, positions, segment_ids, cached_lengths, **layout: bool) -> "Tokens":

@@ -178,16 +178,14 @@ def _attend(chunk_size, q, k, v, q_positions, kv_positions, q_segment_ids, kv_se
 
 def _with_halo(arrays, num_devices: int, width: int):
     """Returns keys, values, positions and segment ids of this device's two blocks, each behind the end of the block
-    that comes before it in the sequence. What comes before the first block belongs to no segment."""
+    that comes before it in the sequence."""
     first, second = ([x[:, half] for x in arrays] for half in _halves(arrays[0].shape[1]))
-    ends = [x[:, -width:] for x in first], [x[:, -width:] for x in second]
-    me, last = lax.axis_index("context"), num_devices - 1
-    up = [(i, i + 1) for i in range(last)]
-    before_first = [lax.ppermute(x, "context", up) for x in ends[0]]  # zeros on device 0: segment 0
-    before_second = [
-        jnp.where(me == last, own, lax.ppermute(x, "context", [(j, i) for i, j in up]))
-        for x, own in zip(ends[1], ends[0], strict=True)
-    ]
+    up = [(i, i + 1) for i in range(num_devices - 1)]
+    down = [(j, i) for i, j in up]
+    # Who is sent nothing gets zeros, which are of no segment: before block 0 there is nothing, and the block before
+    # block c is on the same device.
+    before_first = [lax.ppermute(x[:, -width:], "context", up) for x in first]
+    before_second = [lax.ppermute(x[:, -width:], "context", down) for x in second]
     parts = zip(before_first, first, before_second, second, strict=True)
     return [jnp.concatenate(part, axis=1) for part in parts]
 
