@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import dispatch, register
 
 register("attention", "pallas", tpu.attention, tpu.refuse)
 register("attention", "xla", xla.attention)
-register("attention", "interpret", functools.partial(tpu.attention, interpret=True), tpu.refuse_arrays)
+register("attention", "interpret", functools.partial(tpu.attention, interpret=True), tpu.refuse_interpreted)
 register("attention", "reference", reference.attention)
 register("attention_gradients", "pallas", tpu.attention_gradients, tpu.refuse)
 register("attention_gradients", "xla", xla.attention_gradients)

@@ -11,15 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.attention.blocks import (
-    AnyArray,
-    Keys,
-    Queries,
-    every_pair,
-    key_ranges,
-    may_see,
-    query_ranges,
-)
+from pallas_kernels.attention.blocks import AnyArray, Keys, Queries, every_pair, key_ranges, may_see, query_ranges
 from pallas_kernels.attention.tiles import Tiles
 
 MAX_VISITS = 2**17
@@ -109,7 +101,7 @@ def list_visits(
     visits = xp.where(visited, visits, NO_VISIT).reshape(-1)
     count = visited.sum()
     if store_keys:
-        last_q = xp.where(some, q_index, 0).max(1) if not every_query else xp.full(len(batch), q_index[-1])
+        last_q = xp.where(visited.any(2), q_index, 0).max(1)
         stores = plan.compose(batch[:, None], last_q[:, None], 1, kv_index).reshape(-1)
         visits, count = xp.append(visits, stores), count + stores.size
     visits = xp.append(xp.sort(visits), NO_VISIT).astype(xp.int32)
