@@ -14,11 +14,11 @@ from pallas_kernels.dispatch import dispatch, register
 from pallas_kernels.grouped_matmul import reference, tpu, xla
 from pallas_kernels.quantized import QuantizedArray
 
-for op in ("grouped_matmul", "grouped_swiglu"):
-    register(op, "pallas", getattr(tpu, op), tpu.refuse)
-    register(op, "xla", getattr(xla, op))
-    register(op, "interpret", functools.partial(getattr(tpu, op), interpret=True), tpu.refuse_interpreted)
-    register(op, "reference", getattr(reference, op))
+for _op in ("grouped_matmul", "grouped_swiglu"):
+    register(_op, "pallas", getattr(tpu, _op), tpu.refuse)
+    register(_op, "xla", getattr(xla, _op))
+    register(_op, "interpret", functools.partial(getattr(tpu, _op), interpret=True), tpu.refuse_interpreted)
+    register(_op, "reference", getattr(reference, _op))
 
 
 def grouped_matmul(

@@ -45,9 +45,9 @@ class Chip(NamedTuple):
 _MIB = 1 << 20
 _CHIPS = {
     "TPU v5 lite": Chip(112 * _MIB, 1, big=128, small=64, cols=512, strip=2048, outer=2560),
-    "TPU v5": Chip(56 * _MIB, 2, big=128, small=64, cols=512, strip=2048, outer=2048),
+    "TPU v5": Chip(60 * _MIB, 2, big=128, small=64, cols=512, strip=2048, outer=2048),
     "TPU v6 lite": Chip(112 * _MIB, 1, big=256, small=128, cols=512, strip=2048, outer=2560),
-    "TPU7x": Chip(56 * _MIB, 1, big=512, small=256, cols=512, strip=2048, outer=2048),
+    "TPU7x": Chip(60 * _MIB, 1, big=512, small=256, cols=512, strip=2048, outer=2048),
     # The interpreter: tiles so small that tests have several of each, and two cores.
     "cpu": Chip(64 * _MIB, 2, big=32, small=16, cols=128, strip=64, outer=128),
 }
@@ -111,7 +111,7 @@ def row_tiles(
         for cols in (limits.cols, limits.cols // 2, limits.cols // 4):
             cols = num_cols if num_cols < 128 else max(min(cols, round_down(num_cols, 128)), 128)
             strip = (room - column_bytes * cols) // (2 * (row_bytes + out_bytes * cols))
-            strip = min(round_down(strip, big if strip >= big else small), limits.strip)
+            strip = min(round_down(strip, small), limits.strip)
             if strip >= small and (best is None or strip > best.strip):
                 best = RowTiles(strip, min(big, strip), small, cols)
             if best is not None and best.strip >= min(_WORTHWHILE_STRIP, num_rows):
