@@ -19,7 +19,10 @@ register("attention", "reference", reference.attention)
 register("attention_gradients", "pallas", tpu.attention_gradients, tpu.refuse)
 register("attention_gradients", "xla", xla.attention_gradients)
 register(
-    "attention_gradients", "interpret", functools.partial(tpu.attention_gradients, interpret=True), tpu.refuse_arrays
+    "attention_gradients",
+    "interpret",
+    functools.partial(tpu.attention_gradients, interpret=True),
+    tpu.refuse_interpreted,
 )
 register("attention_gradients", "reference", reference.attention_gradients)
 

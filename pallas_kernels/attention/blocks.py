@@ -187,4 +187,3 @@ def every_pair(queries: QueryRanges, keys: KeyRanges) -> tuple[QueryRanges, KeyR
         QueryRanges(*(None if x is None else x[:, :, None] for x in queries)),
         KeyRanges(*(None if x is None else x[:, None, :] for x in keys)),
     )
-
