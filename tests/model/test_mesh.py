@@ -11,8 +11,8 @@ from flax import nnx
 from l4jax import ops
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
-from l4jax.ops import self_attention as attention_module
 from l4jax.ops import experts as experts_module
+from l4jax.ops import self_attention as attention_module
 from l4jax.sharding import SERVING, TRAINING, make_mesh, named_sharding, use_rules
 from l4jax.train.loss import head_losses, masked_sum, next_token_targets
 from l4jax.train.step import BATCH_AXES
