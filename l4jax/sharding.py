@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from l4jax.config import Llama4Config
 
@@ -224,7 +224,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(logical_axes, x.shape, sizes))
 
 
-def named_sharding(mesh: Mesh, logical_axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
+def named_sharding(mesh: Mesh | AbstractMesh, logical_axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
     """Returns where an array of `shape` lies on `mesh`."""
     return NamedSharding(mesh, spec(logical_axes, shape, dict(mesh.shape)))
 

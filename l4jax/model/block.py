@@ -32,7 +32,7 @@ class Block(nnx.Module):
         x = constrain(x + attended, "batch", "length", None)
         y = self.post_attention_layernorm(x)
         if self.has_experts:
-            y, load_E = self.feed_forward(y, tokens.valid, router_bias)
+            y, load_E = self.feed_forward(y, tokens.valid, router_bias, index)
         else:
             y, load_E = self.feed_forward(y), None
         return constrain(x + y, "batch", "length", None), cache, load_E

@@ -35,7 +35,11 @@ class MixtureOfExperts(nnx.Module):
         self.shared_expert = MLP(width, hidden, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], router_bias_E: Float[Array, "E"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        valid: Bool[Array, "B T"],
+        router_bias_E: Float[Array, "E"] | None = None,
+        index: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
         """Returns the layer's output and how many rows each expert took.
 
@@ -43,6 +47,7 @@ class MixtureOfExperts(nnx.Module):
             x: tokens.
             valid: which of them are not padding; what routed experts say to padding is not computed.
             router_bias_E: added to the logits for the choice alone, not to the scores (load balance in training).
+            index: which layer it is among those whose experts are stacked, where they are.
         """
         logits_BTE = self.router(x)
         choice_BTE = logits_BTE if router_bias_E is None else logits_BTE + router_bias_E.astype(logits_BTE.dtype)
@@ -52,5 +57,7 @@ class MixtureOfExperts(nnx.Module):
         scores_BTk = jax.nn.sigmoid(chosen_BTk.astype(jnp.float32)).astype(x.dtype)
         experts_BTk = jnp.where(valid[..., None], experts_BTk, self.num_experts)
         weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
-        routed, load_E = ops.routed_experts(x, experts_BTk, scores_BTk, *(w.get_value() for w in weights))
+        weights = [weight.get_value() for weight in weights]
+        layer = None if weights[0].ndim == 3 else index
+        routed, load_E = ops.routed_experts(x, experts_BTk, scores_BTk, *weights, layer)
         return self.shared_expert(x) + routed, load_E

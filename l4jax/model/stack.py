@@ -58,6 +58,10 @@ class Layers(NamedTuple):
     tail: tuple[Any, ...]
 
 
+def _experts(path: tuple, _) -> bool:
+    return "experts" in path
+
+
 class Stack(nnx.Module):
     """Layer l = c * P + p is entry p of `cycle`, at index c of the leading axis; from C * P on, an entry of `tail`."""
 
@@ -108,14 +112,16 @@ class Stack(nnx.Module):
         """
         apply_in_cycle, apply_in_tail = (rematerialize(apply, remat, in_scan=in_scan) for in_scan in (True, False))
         nothing = Layers((None,) * len(self.cycle), (None,) * len(self.tail))
+        cached = states is not None
         states, inputs = states or nothing, inputs or nothing
-        graphdef, weights = nnx.split(self.cycle)
+        # A slice is copied before a kernel reads it. Where no gradient is wanted experts stay stacked instead.
+        graphdef, unsliced, weights = nnx.split(self.cycle, _experts if cached else nnx.Nothing(), ...)
 
         def one_cycle(carry, scanned):
             x, states = carry
             index, weights, inputs = scanned
             new_states, outputs = [], []
-            for block, state, value in zip(nnx.merge(graphdef, weights), states, inputs, strict=True):
+            for block, state, value in zip(nnx.merge(graphdef, unsliced, weights), states, inputs, strict=True):
                 x, state, output = apply_in_cycle(block, x, state, index, value)
                 new_states.append(state)
                 outputs.append(output)

@@ -39,6 +39,7 @@ def routed_experts(
     gate_EDF: Weights,
     up_EDF: Weights,
     down_EFD: Weights,
+    layer: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
     """Returns the sum over each token's experts of `expert(score * x)`, and the rows that each expert took.
 
@@ -46,30 +47,30 @@ def routed_experts(
         x_BTD: tokens.
         experts_BTk: the experts of each token; E means none (padding).
         scores_BTk: what multiplies an expert's input, in the dtype of x.
-        gate_EDF: with `up_EDF` and `down_EFD` the weights of all experts.
+        gate_EDF: with `up_EDF` and `down_EFD` the weights of all experts; or those of several layers, [L, E, D, F]
+        layer: and which of these it is. Kernels read weights where they lie; a slice of the stack would be copied.
     """
     sizes = axis_sizes()
+    weights = _Weights(gate_EDF, up_EDF, down_EFD, layer)
     if math.prod(sizes.values()) == 1:
-        out, load = _local(_flat(x_BTD), _flat(experts_BTk), _flat(scores_BTk), (gate_EDF, up_EDF, down_EFD))
+        out, load = _local(_flat(x_BTD), _flat(experts_BTk), _flat(scores_BTk), weights)
         return out.reshape(x_BTD.shape), load
     tokens = spec(("batch", "length", None), x_BTD.shape, sizes)
-    weights, num_experts = (gate_EDF, up_EDF, down_EFD), gate_EDF.shape[0]
+    num_experts, leading = gate_EDF.shape[-3], (None,) * (gate_EDF.ndim - 3)
     wide, narrow = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
-    places = tuple(
-        jax.tree.map(lambda leaf, axes=axes: spec(axes, leaf.shape, sizes), weight)
-        for axes, weight in zip((wide, wide, narrow), weights, strict=True)
-    )
-    token_axes, (expert_axes, _, partial_axes) = _axes(tokens), map(_axes, zip(spec(wide, gate_EDF.shape, sizes)))
+
+    def split(weight, axes):
+        return jax.tree.map(lambda leaf: spec((*leading, *axes), leaf.shape, sizes), weight)
+
+    places = _Weights(split(gate_EDF, wide), split(up_EDF, wide), split(down_EFD, narrow), PartitionSpec())
+    token_axes, (expert_axes, _, partial_axes) = _axes(tokens), map(_axes, zip(spec(wide, gate_EDF.shape[-3:], sizes)))
     group = sizes["expert"] if expert_axes else 1
     shared = group > 1 and "expert" not in token_axes  # every device of the group has the same tokens
     num_tokens = math.prod(x_BTD.shape[:2]) // math.prod(sizes[axis] for axis in token_axes)  # of a device
     gather = shared or (group > 1 and num_tokens * group <= GATHER_BELOW)
 
     def run(x, experts, scores, weights):
-        weights = tuple(
-            jax.tree.map(lambda w, place, axis=axis: _whole(w, place, axis), weight, place)
-            for weight, place, axis in zip(weights, places, (1, 1, 2), strict=True)
-        )
+        weights = weights.gathered(places)
         shape, (x, experts, scores) = x.shape, map(_flat, (x, experts, scores))
         if group == 1:
             out, load = _local(x, experts, scores, weights)
@@ -96,10 +97,41 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _whole(array: Array, place: PartitionSpec, axis: int) -> Array:
-    """Returns weights gathered along the dimension that FSDP has shared out; the gradient is scattered back."""
-    axes = _axes(place[axis : axis + 1])
-    return lax.all_gather(array, axes, axis=axis, tiled=True) if axes else array
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Weights:
+    """What experts multiply by; also where it lies. `layer` is None unless weights are stacked."""
+
+    gate: Weights
+    up: Weights
+    down: Weights
+    layer: Any
+
+    @property
+    def num_here(self) -> int:
+        return self.gate.shape[-3]
+
+    def gathered(self, places: "_Weights") -> "_Weights":
+        """Returns the weights whole along the dimension that FSDP has shared out; the gradient is scattered back."""
+
+        def whole(array: Array, place: PartitionSpec, axis: int) -> Array:
+            axis += array.ndim
+            axes = _axes(place[axis : axis + 1])
+            return lax.all_gather(array, axes, axis=axis, tiled=True) if axes else array
+
+        gate, up, down = (
+            jax.tree.map(lambda w, place, axis=axis: whole(w, place, axis), weight, place)
+            for weight, place, axis in (
+                (self.gate, places.gate, -2),
+                (self.up, places.up, -2),
+                (self.down, places.down, -1),
+            )
+        )
+        return _Weights(gate, up, down, self.layer)
+
+    def __call__(self, rows_RD: Array, sizes_E: Array, offset: Array | None = None) -> Array:
+        hidden_RF = grouped_swiglu(rows_RD, self.gate, self.up, sizes_E, offset, self.layer)
+        return grouped_matmul(hidden_RF, self.down, sizes_E, offset, self.layer)
 
 
 def _sort(x_MD, experts_Mk, scores_Mk, num_experts: int):
@@ -116,15 +148,9 @@ def _unsort(rows_RD, order_R, top_k: int):
     return rows_RD[jnp.argsort(order_R)].reshape(-1, top_k, rows_RD.shape[-1]).sum(axis=1)
 
 
-def _apply(rows_RD, sizes_E, weights, offset=None):
-    gate, up, down = weights
-    hidden_RF = grouped_swiglu(rows_RD, gate, up, sizes_E, offset)
-    return grouped_matmul(hidden_RF, down, sizes_E, offset)
-
-
 def _local(x_MD, experts_Mk, scores_Mk, weights):
-    rows_RD, sizes_E, order_R = _sort(x_MD, experts_Mk, scores_Mk, weights[0].shape[0])
-    return _unsort(_apply(rows_RD, sizes_E, weights), order_R, experts_Mk.shape[1]), sizes_E
+    rows_RD, sizes_E, order_R = _sort(x_MD, experts_Mk, scores_Mk, weights.num_here)
+    return _unsort(weights(rows_RD, sizes_E), order_R, experts_Mk.shape[1]), sizes_E
 
 
 def _gather(x_mD, experts_mk, scores_mk, weights, num_experts: int, shared: bool):
@@ -134,8 +160,8 @@ def _gather(x_mD, experts_mk, scores_mk, weights, num_experts: int, shared: bool
             lax.all_gather(a, "expert", tiled=True) for a in (x_mD, experts_mk, scores_mk)
         )  # fmt: skip
     rows_RD, sizes_E, order_R = _sort(x_mD, experts_mk, scores_mk, num_experts)
-    offset = lax.axis_index("expert") * weights[0].shape[0]
-    out_MD = _unsort(_apply(rows_RD, sizes_E, weights, offset), order_R, experts_mk.shape[1])
+    offset = lax.axis_index("expert") * weights.num_here
+    out_MD = _unsort(weights(rows_RD, sizes_E, offset), order_R, experts_mk.shape[1])
     if shared:
         return lax.psum(out_MD, "expert"), sizes_E
     # Each device has counted the tokens of the whole group.
@@ -181,7 +207,7 @@ def _exchange_round(x_mD, experts_mk, scores_mk, weights, num_experts: int, grou
     back = _Slices(places_dep[me].T.reshape(-1), here_pe.reshape(-1), mine_pe.reshape(-1), sizes_E)
     room = rows_RD.shape[0] * group
     arrived = _send(rows_RD, room, forth, group)
-    done = _apply(arrived, here_pe.sum(axis=0), weights)
+    done = weights(arrived, here_pe.sum(axis=0))
     return _unsort(_send(done, rows_RD.shape[0], back, group), order_R, experts_mk.shape[1]), sizes_E
 
 

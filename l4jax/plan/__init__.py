@@ -128,7 +128,8 @@ def count_devices(topology: str) -> int:
 
 def check_topology(topology: str, chip: "Chip") -> None:
     """Checks that a slice has the right number of sides and is no larger than a pod; libtpu itself does not."""
-    sides = sorted(int(side) for side in topology.partition(":")[2].split("x") if side.isdigit())
+    count_devices(topology)
+    sides = sorted(map(int, topology.partition(":")[2].split("x")))
     if len(sides) != len(chip.pod):
         raise ValueError(f"a slice of {chip.name} has {len(chip.pod)} sides, {topology!r} has {len(sides)}")
     if any(side > most for side, most in zip(sides, sorted(chip.pod), strict=True)):

@@ -5,6 +5,7 @@ travels; `program.py` asks the compiler instead.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,10 +76,11 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def serving_model(job: Job) -> Llama4:
-    """Returns the model that serves, as shapes: in bfloat16, or in the few bits that the job asks for."""
-    model = abstract_model(job.config, dtype=jnp.bfloat16, scan_layers=True)
-    return model if job.dtype == "bfloat16" else quantize_model(model, job.dtype)
+@functools.cache  # a sweep asks for every mesh
+def job_model(config: Llama4Config, mode: str, dtype: str) -> Llama4:
+    """Returns the model of a job as shapes: it trains in float32, serves in bfloat16 or as few bits as asked for."""
+    model = abstract_model(config, dtype=jnp.float32 if mode == "train" else jnp.bfloat16, scan_layers=True)
+    return model if mode == "train" or dtype == "bfloat16" else quantize_model(model, dtype)
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
@@ -100,15 +102,13 @@ def needs(job: Job, sizes: Mapping[str, int]) -> Needs:
     rows = job.batch if job.mode == "train" else None
     check_mesh(job.config, sizes, rows=rows, length=job.length if job.mode == "train" else None)
     mesh, whole = abstract_mesh(sizes), {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    model = job_model(job.config, job.mode, job.dtype)
     with use_rules(job.rules):
+        weights = bytes_per_device(flat_params(model), param_shardings(model, mesh))
         if job.mode == "train":
-            model = abstract_model(job.config, dtype=jnp.float32, scan_layers=True)
-            weights = bytes_per_device(flat_params(model), param_shardings(model, mesh))
             moment = 2 if job.first_moment_dtype == "bfloat16" else 4
             optimizer = 0 if job.offload_optimizer else weights // 4 * (moment + 4)
             return Needs(weights, optimizer, 0, _training_temporaries(job, whole, weights // 4))
-        model = serving_model(job)
-        weights = bytes_per_device(flat_params(model), param_shardings(model, mesh))
         cache = sum(_cache_of_layer(job, whole, layer) for layer in range(job.config.text_config.num_hidden_layers))
         return Needs(weights, 0, cache, _serving_temporaries(job, whole))
 

@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from l4jax.inference.engine import Engine
-from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
+from l4jax.model.params import flat_params, param_shardings, with_params
 from l4jax.ops.experts import ROOM
-from l4jax.plan.arithmetic import Bound, Job, serving_model
+from l4jax.plan.arithmetic import Bound, Job, job_model
 from l4jax.plan.chips import DCN_BANDWIDTH, Chip
 from l4jax.plan.hlo import Cost, Program
 from l4jax.sharding import make_mesh, named_sharding, use_rules
@@ -117,7 +117,7 @@ def _training(job: Job, mesh: Mesh):
     settings = OptimizerConfig(learning_rate=1e-4, warmup_steps=100)
     optimizer = make_optimizer(settings, 1000, parallel.first_moment_dtype)
     shardings = state_shardings(job.config, optimizer, mesh, offload=parallel.offload_optimizer)
-    model = abstract_model(job.config, dtype=jnp.float32)
+    model = job_model(job.config, job.mode, job.dtype)
     params = nnx.to_pure_dict(nnx.state(model))
     state = _placed(jax.eval_shape(lambda p: new_state(job.config, optimizer, p), params), shardings)
     step = make_train_step(nnx.graphdef(model), optimizer, parallel, 1e-3, shardings)
@@ -131,7 +131,7 @@ def _training(job: Job, mesh: Mesh):
 
 
 def _serving(job: Job, mesh: Mesh):
-    model = serving_model(job)
+    model = job_model(job.config, job.mode, job.dtype)
     model = with_params(model, _placed(flat_params(model), param_shardings(model, mesh)))
     engine = Engine(model, max_len=job.length, mesh=mesh)
     rows = job.batch if job.mode == "decode" else 1

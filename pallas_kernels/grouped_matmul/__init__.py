@@ -23,9 +23,10 @@ for _op in ("grouped_matmul", "grouped_swiglu"):
 
 def grouped_matmul(
     rows_RD: Float[Array, "R D"],
-    weights_eDF: Float[Array, "e D F"] | QuantizedArray,
+    weights_eDF: Float[Array, "*L e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
     group_offset: int | Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R F"]:
     """Returns `rows_RD[r] @ weights_eDF[expert of r]` for every row.
@@ -40,6 +41,9 @@ def grouped_matmul(
             they hold.
         group_offset: the expert of `weights_eDF[0]`, where only `e` of the E experts are held here; it may be traced.
             Rows of experts that are not held here give zeros. None: all experts are here.
+        layer: which of the layers whose weights are stacked, [L, e, D, F]; it may be traced. A kernel reads them
+            where they lie; a slice taken outside of it would be copied, every weight of the layer, on each call.
+            None: they are those of one layer.
         implementation: "auto", or a name from `dispatch.implementations("grouped_matmul")`.
 
     Returns:
@@ -48,16 +52,17 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes disagree, or the named implementation cannot serve the call.
     """
-    _check(rows_RD, group_sizes_E, group_offset, weights=weights_eDF)
-    return dispatch("grouped_matmul", implementation, rows_RD, weights_eDF, group_sizes_E, group_offset)
+    _check(rows_RD, group_sizes_E, group_offset, layer, weights=weights_eDF)
+    return dispatch("grouped_matmul", implementation, rows_RD, weights_eDF, group_sizes_E, group_offset, layer)
 
 
 def grouped_swiglu(
     rows_RD: Float[Array, "R D"],
-    gate_eDF: Float[Array, "e D F"] | QuantizedArray,
-    up_eDF: Float[Array, "e D F"] | QuantizedArray,
+    gate_eDF: Float[Array, "*L e D F"] | QuantizedArray,
+    up_eDF: Float[Array, "*L e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
     group_offset: int | Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "R F"]:
     """Returns `silu(rows @ gate) * (rows @ up)` with each row's own expert, in one pass over the rows.
@@ -65,24 +70,26 @@ def grouped_swiglu(
     Arguments, result and errors are those of `grouped_matmul`; the activation is computed in float32. Both matrices
     have one shape, and one scheme when quantised.
     """
-    _check(rows_RD, group_sizes_E, group_offset, gate=gate_eDF, up=up_eDF)
-    return dispatch("grouped_swiglu", implementation, rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset)
+    _check(rows_RD, group_sizes_E, group_offset, layer, gate=gate_eDF, up=up_eDF)
+    return dispatch("grouped_swiglu", implementation, rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset, layer)
 
 
-def _check(rows_RD: Array, group_sizes_E: Array, group_offset, **weights: Array | QuantizedArray) -> None:
+def _check(rows_RD: Array, group_sizes_E: Array, group_offset, layer, **weights: Array | QuantizedArray) -> None:
     (_, D), (E,) = rows_RD.shape, group_sizes_E.shape
+    num_axes = 3 if layer is None else 4
     first, *others = weights.values()
     for name, weight in weights.items():
-        e = weight.shape[0]
-        if weight.ndim != 3 or weight.shape[1] != D or (e != E if group_offset is None else e > E):
+        e, depth = weight.shape[-3:-1] if weight.ndim == num_axes else (0, 0)
+        if weight.ndim != num_axes or depth != D or (e != E if group_offset is None else e > E):
             raise ValueError(
                 f"{name} has shape {weight.shape}; with {E} groups and rows of shape {rows_RD.shape} it must be "
-                f"[{E if group_offset is None else f'at most {E}'}, {D}, F]"
+                f"[{'' if layer is None else 'layers, '}{E if group_offset is None else f'at most {E}'}, {D}, F]"
             )
         if isinstance(weight, QuantizedArray):
-            (_, _, F), (e_scales, G, F_scales) = weight.shape, weight.scales.shape
-            if (e_scales, F_scales) != (e, F) or D % G:
-                raise ValueError(f"{name} has scales of shape {weight.scales.shape}; expected [{e}, G, {F}], G | {D}")
+            (*leading, _, F), (*leading_scales, G, F_scales) = weight.shape, weight.scales.shape
+            if (leading_scales, F_scales) != (leading, F) or D % G:
+                expected = ", ".join(map(str, [*leading, "G", F]))
+                raise ValueError(f"{name} has scales of shape {weight.scales.shape}; expected [{expected}], G | {D}")
         elif weight.dtype != rows_RD.dtype:
             raise ValueError(f"{name} is {weight.dtype} but rows are {rows_RD.dtype}; cast one of them")
     for other in others:

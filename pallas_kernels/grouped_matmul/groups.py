@@ -1,7 +1,8 @@
-"""Where the rows of the groups lie: what every implementation asks first."""
+"""Where the rows and the matrices of the groups lie: what every implementation asks first."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -20,3 +21,10 @@ def local_groups(group_sizes_E: Int[Array, " E"], group_offset: int | Int[Array,
     end_E = jnp.cumsum(group_sizes_E.astype(jnp.int32))
     start_e, end_e = (lax.dynamic_slice(a, (offset,), (num_local,)) for a in (end_E - group_sizes_E, end_E))
     return Groups(start_e.astype(jnp.int32), end_e)
+
+
+def of_layer(weights: Any, layer: int | Int[Array, ""] | None) -> Any:
+    """Returns one layer [e, D, F] of stacked weights [L, e, D, F], plain or quantised; `layer` None: they are not."""
+    if layer is None:
+        return weights
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), weights)

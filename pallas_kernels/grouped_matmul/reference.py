@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul.groups import of_layer
 from pallas_kernels.quantized import QuantizedArray
 
 
@@ -18,10 +19,12 @@ def _local_expert_of_row(
 
 def grouped_matmul(
     rows_RD: Float[Array, "R D"],
-    weights_EDF: Float[Array, "e D F"] | QuantizedArray,
+    weights_EDF: Float[Array, "*L e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
     group_offset: int | Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "R F"]:
+    weights_EDF = of_layer(weights_EDF, layer)
     if isinstance(weights_EDF, QuantizedArray):
         weights_EDF = jax.lax.stop_gradient(weights_EDF.dequantize(jnp.float32))
     owner_R = _local_expert_of_row(rows_RD.shape[0], group_sizes_E, group_offset)
@@ -37,12 +40,13 @@ def grouped_matmul(
 
 def grouped_swiglu(
     rows_RD: Float[Array, "R D"],
-    gate_EDF: Float[Array, "e D F"] | QuantizedArray,
-    up_EDF: Float[Array, "e D F"] | QuantizedArray,
+    gate_EDF: Float[Array, "*L e D F"] | QuantizedArray,
+    up_EDF: Float[Array, "*L e D F"] | QuantizedArray,
     group_sizes_E: Int[Array, " E"],
     group_offset: int | Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "R F"]:
     rows_RD_f32 = rows_RD.astype(jnp.float32)
-    gate_RF = grouped_matmul(rows_RD_f32, gate_EDF, group_sizes_E, group_offset)
-    up_RF = grouped_matmul(rows_RD_f32, up_EDF, group_sizes_E, group_offset)
+    gate_RF = grouped_matmul(rows_RD_f32, gate_EDF, group_sizes_E, group_offset, layer)
+    up_RF = grouped_matmul(rows_RD_f32, up_EDF, group_sizes_E, group_offset, layer)
     return (jax.nn.silu(gate_RF) * up_RF).astype(rows_RD.dtype)

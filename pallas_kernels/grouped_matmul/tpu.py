@@ -56,7 +56,8 @@ class Steps(NamedTuple):
         rows_strip: strip of the rows; lags or leads where the result strip has no group, to read nothing for zeros.
         cols: column tile of the result.
         weight_cols: column tile of the weights; lags or leads likewise.
-        group: whose weights.
+        group: whose rows.
+        matrix: whose weights.
         clears: whether the step is the first of its result tile, and must zero it as it has rows of nobody.
         groups: rows of each group.
     """
@@ -66,11 +67,14 @@ class Steps(NamedTuple):
     cols: Int[Array, " S"]
     weight_cols: Int[Array, " S"]
     group: Int[Array, " S"]
+    matrix: Int[Array, " S"]
     clears: Int[Array, " S"]
     groups: Groups
 
 
-def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[Steps, Int[Array, ""]]:
+def list_steps(
+    groups: Groups, num_rows: int, strip: int, num_cols: int, first_matrix: int | Int[Array, ""] = 0
+) -> tuple[Steps, Int[Array, ""]]:
     """Returns the steps of `multiply`, and how many of them there are.
 
     A strip without groups is visited too, once per column tile, to be zeroed.
@@ -107,6 +111,7 @@ def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tupl
         cols=cols,
         weight_cols=jnp.where(_take(num_groups_s, strip_of) > 0, cols, waiting_cols),
         group=group,
+        matrix=first_matrix + group,
         clears=(nth == 0) & (_take(owned_s - (bottom_s - top_s), strip_of) != 0),
         groups=groups,
     )
@@ -126,18 +131,20 @@ def multiply(
     finish: Callable[..., list[Array]],
     transposed: bool = False,
     num_results: int = 1,
+    first_matrix: int | Int[Array, ""] = 0,
     interpret: bool = False,
 ) -> list[Array]:
     """Returns `finish(*products)` of every row with its group's weights; rows of no group give zeros.
 
     Args:
         rows: [R, depth]; one array for all weights, or one for each.
-        weights: [e, depth, width], or [e, width, depth] if transposed.
+        weights: [m, depth, width], or [m, width, depth] if transposed; m >= e.
         groups: the rows of the e groups.
         num_groups: groups that share the rows, whether here or elsewhere.
         finish: takes float32 products, one per weight, to a list of results; element-wise.
         transposed: see weights.
         num_results: length of that list.
+        first_matrix: which of the m matrices is that of the first group.
     """
     (num_rows, depth), dtype = rows[0].shape, rows[0].dtype
     width = weights[0].shape[1 if transposed else 2]
@@ -145,7 +152,7 @@ def multiply(
     num_cols = pl.cdiv(width, t.cols)
     num_cores = tiles.chip().num_cores if num_cols % tiles.chip().num_cores == 0 else 1
     num_cols //= num_cores
-    steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols)
+    steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols, first_matrix)
 
     def rows_index(core, step, steps):
         return steps.rows_strip[step], 0
@@ -155,10 +162,10 @@ def multiply(
 
     def weights_index(core, step, steps):
         cols = core * num_cols + steps.weight_cols[step]
-        return (steps.group[step], cols, 0) if transposed else (steps.group[step], 0, cols)
+        return (steps.matrix[step], cols, 0) if transposed else (steps.matrix[step], 0, cols)
 
     def scales_index(core, step, steps):
-        return (steps.group[step], 0, 0) if transposed else weights_index(core, step, steps)
+        return (steps.matrix[step], 0, 0) if transposed else weights_index(core, step, steps)
 
     def weights_spec(weight):
         if isinstance(weight, QuantizedArray):
@@ -214,7 +221,10 @@ def multiply(
             num_small -= num_big * (t.big // t.small)
             _for(num_small, lambda i: multiply_block(jnp.minimum(rest + i * t.small, t.strip - t.small), t.small))
 
-    weight_bytes = sum(leaf.size * tiles.bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(weights))
+    weight_bytes = (
+        sum(math.prod(leaf.shape[1:]) * tiles.bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(weights))
+        * groups.start_e.shape[0]
+    )
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -250,14 +260,14 @@ def row_tiles_for(
 ) -> tiles.RowTiles | None:
     """Returns the tiles of `multiply` for these operands, None if nothing fits."""
     (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
-    width = weights[0].shape[1 if transposed else 2]
+    width = weights[0].shape[-2 if transposed else -1]
     column_bytes = fixed_bytes = 0
     for weight in weights:
         column_bytes += 2 * depth * tiles.bits(weight.dtype) // 8
         if itemsize == 4:
             column_bytes += 3 * 2 * depth  # the compiler multiplies float32 as three bfloat16 parts
         if isinstance(weight, QuantizedArray):
-            scale_bytes = 2 * 4 * tiles.round_up(weight.scales.shape[1], 8)  # of one column of scales
+            scale_bytes = 2 * 4 * tiles.round_up(weight.scales.shape[-2], 8)  # of one column of scales
             column_bytes += depth * itemsize  # the compiler keeps the decoded tile
             if transposed:
                 fixed_bytes += depth * scale_bytes
@@ -428,63 +438,89 @@ def add(first: Array, second: Array) -> list[Array]:
     return [first + second]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(rows_RD, weights_eDF, groups, num_groups, interpret):
-    return multiply([rows_RD], [weights_eDF], groups, num_groups, itself, interpret=interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped_matmul(rows_RD, weights_mDF, groups, first_matrix, num_groups, interpret):
+    static = dict(num_groups=num_groups, interpret=interpret)
+    return multiply([rows_RD], [weights_mDF], groups, finish=itself, first_matrix=first_matrix, **static)[0]
 
 
-def _grouped_matmul_forward(rows_RD, weights_eDF, groups, num_groups, interpret):
-    out_RF = _grouped_matmul(rows_RD, weights_eDF, groups, num_groups, interpret)
-    return out_RF, (rows_RD, weights_eDF, groups)
+def _grouped_matmul_forward(rows_RD, weights_mDF, groups, first_matrix, num_groups, interpret):
+    out_RF = _grouped_matmul(rows_RD, weights_mDF, groups, first_matrix, num_groups, interpret)
+    return out_RF, (rows_RD, weights_mDF, groups, first_matrix)
 
 
 def _grouped_matmul_backward(num_groups, interpret, residuals, d_out_RF):
-    rows_RD, weights_eDF, groups = residuals
+    rows_RD, weights_mDF, groups, first_matrix = residuals
     static = dict(num_groups=num_groups, interpret=interpret)
-    (d_rows_RD,) = multiply([d_out_RF], [weights_eDF], groups, finish=itself, transposed=True, **static)
-    if isinstance(weights_eDF, QuantizedArray):
-        return d_rows_RD, None, None
-    return d_rows_RD, outer_products(rows_RD, d_out_RF, groups, **static), None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, num_groups, interpret):
-    return multiply([rows_RD], [gate_eDF, up_eDF], groups, num_groups, swiglu, interpret=interpret)[0]
-
-
-def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups, num_groups, interpret):
-    out_RF, gate_RF, up_RF = multiply(
-        [rows_RD], [gate_eDF, up_eDF], groups, num_groups, swiglu_and_parts, num_results=3, interpret=interpret
+    (d_rows_RD,) = multiply(
+        [d_out_RF], [weights_mDF], groups, finish=itself, transposed=True, first_matrix=first_matrix, **static
     )
-    return out_RF, (rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF)
+    if isinstance(weights_mDF, QuantizedArray):
+        return d_rows_RD, None, None, None
+    d_weights_eDF = outer_products(rows_RD, d_out_RF, groups, **static)
+    return d_rows_RD, _in_stack(d_weights_eDF, weights_mDF, first_matrix), None, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _grouped_swiglu(rows_RD, gate_mDF, up_mDF, groups, first_matrix, num_groups, interpret):
+    static = dict(num_groups=num_groups, interpret=interpret)
+    return multiply([rows_RD], [gate_mDF, up_mDF], groups, finish=swiglu, first_matrix=first_matrix, **static)[0]
+
+
+def _grouped_swiglu_forward(rows_RD, gate_mDF, up_mDF, groups, first_matrix, num_groups, interpret):
+    static = dict(num_groups=num_groups, num_results=3, interpret=interpret)
+    out_RF, gate_RF, up_RF = multiply(
+        [rows_RD], [gate_mDF, up_mDF], groups, finish=swiglu_and_parts, first_matrix=first_matrix, **static
+    )
+    return out_RF, (rows_RD, gate_mDF, up_mDF, groups, first_matrix, gate_RF, up_RF)
 
 
 def _grouped_swiglu_backward(num_groups, interpret, residuals, d_out_RF):
-    rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF = residuals
+    rows_RD, gate_mDF, up_mDF, groups, first_matrix, gate_RF, up_RF = residuals
     static = dict(num_groups=num_groups, interpret=interpret)
     _, backward = jax.vjp(swiglu, gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32))
     d_gate_RF, d_up_RF = (d.astype(rows_RD.dtype) for d in backward([d_out_RF.astype(jnp.float32)]))
-    (d_rows_RD,) = multiply([d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, finish=add, transposed=True, **static)
-    if isinstance(gate_eDF, QuantizedArray):
-        return d_rows_RD, None, None, None
-    d_gate_eDF, d_up_eDF = (outer_products(rows_RD, d_RF, groups, **static) for d_RF in (d_gate_RF, d_up_RF))
-    return d_rows_RD, d_gate_eDF, d_up_eDF, None
+    ds, weights = [d_gate_RF, d_up_RF], [gate_mDF, up_mDF]
+    (d_rows_RD,) = multiply(ds, weights, groups, finish=add, transposed=True, first_matrix=first_matrix, **static)
+    if isinstance(gate_mDF, QuantizedArray):
+        return d_rows_RD, None, None, None, None
+    d_gate_mDF, d_up_mDF = (
+        _in_stack(outer_products(rows_RD, d_RF, groups, **static), weight_mDF, first_matrix)
+        for d_RF, weight_mDF in zip(ds, weights, strict=True)
+    )
+    return d_rows_RD, d_gate_mDF, d_up_mDF, None, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 _grouped_swiglu.defvjp(_grouped_swiglu_forward, _grouped_swiglu_backward)
 
 
-@functools.partial(jax.jit, static_argnames="interpret")
-def grouped_matmul(rows_RD, weights_eDF, group_sizes_E, group_offset=None, interpret=False):
-    groups = local_groups(group_sizes_E, group_offset, weights_eDF.shape[0])
-    return _grouped_matmul(rows_RD, weights_eDF, groups, group_sizes_E.shape[0], interpret)
+def _in_stack(d_weights_eDF: Array, weights_mDF: Array, first_matrix) -> Array:
+    """Returns the gradient of all matrices, where only some took part."""
+    if d_weights_eDF.shape == weights_mDF.shape:
+        return d_weights_eDF
+    return lax.dynamic_update_slice_in_dim(jnp.zeros_like(weights_mDF), d_weights_eDF, first_matrix, 0)
+
+
+def _without_layers(weights, layer):
+    """Returns weights [L, e, D, F] as [L * e, D, F], e, and which of them is the first of the layer."""
+    num_local = weights.shape[-3]
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weights)
+    return flat, num_local, 0 if layer is None else layer * num_local
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def grouped_swiglu(rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset=None, interpret=False):
-    groups = local_groups(group_sizes_E, group_offset, gate_eDF.shape[0])
-    return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, group_sizes_E.shape[0], interpret)
+def grouped_matmul(rows_RD, weights, group_sizes_E, group_offset=None, layer=None, interpret=False):
+    weights_mDF, num_local, first = _without_layers(weights, layer)
+    groups = local_groups(group_sizes_E, group_offset, num_local)
+    return _grouped_matmul(rows_RD, weights_mDF, groups, first, group_sizes_E.shape[0], interpret)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def grouped_swiglu(rows_RD, gate, up, group_sizes_E, group_offset=None, layer=None, interpret=False):
+    (gate_mDF, num_local, first), (up_mDF, _, _) = _without_layers(gate, layer), _without_layers(up, layer)
+    groups = local_groups(group_sizes_E, group_offset, num_local)
+    return _grouped_swiglu(rows_RD, gate_mDF, up_mDF, groups, first, group_sizes_E.shape[0], interpret)
 
 
 def refuse(rows_RD, *weights_and_groups) -> str | None:
@@ -494,14 +530,14 @@ def refuse(rows_RD, *weights_and_groups) -> str | None:
 
 def refuse_interpreted(rows_RD, *weights_and_groups) -> str | None:
     """Returns why the kernels cannot serve a call on any platform."""
-    *weights, _, _ = weights_and_groups
-    (num_rows, D), (_, _, F), dtype = rows_RD.shape, weights[0].shape, rows_RD.dtype
+    *weights, _, _, _ = weights_and_groups
+    (num_rows, D), F, dtype = rows_RD.shape, weights[0].shape[-1], rows_RD.dtype
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows are {dtype}, not float32 or bfloat16"
     if 0 in (num_rows, D, F):
         return "there is nothing to multiply"
     if isinstance(weights[0], QuantizedArray):
-        group_size = D // weights[0].scales.shape[1]
+        group_size = D // weights[0].scales.shape[-2]
         if group_size < D and group_size % 128:
             return f"scales for groups of {group_size} numbers; a register has 128 lanes, groups need a multiple of it"
     gradients = [jax.ShapeDtypeStruct((num_rows, F), dtype)] * len(weights)

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.groups import Groups, local_groups
+from pallas_kernels.grouped_matmul.groups import Groups, local_groups, of_layer
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
 
 Matrices = Float[Array, "e _ _"] | QuantizedArray
+Stacked = Float[Array, "*L e _ _"] | QuantizedArray
 
 
 def block_sizes(num_rows: int, num_groups: int, dtype: jnp.dtype) -> tuple[int, int]:
@@ -251,19 +252,23 @@ _grouped_swiglu.defvjp(_grouped_swiglu_forward, _grouped_swiglu_backward)
 @jax.jit
 def grouped_matmul(
     rows_RD: Float[Array, "R D"],
-    weights_eDF: Matrices,
+    weights_eDF: Stacked,
     group_sizes_E: Int[Array, " E"],
     group_offset: int | Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "R F"]:
+    weights_eDF = of_layer(weights_eDF, layer)
     return _grouped_matmul(rows_RD, weights_eDF, local_groups(group_sizes_E, group_offset, weights_eDF.shape[0]))
 
 
 @jax.jit
 def grouped_swiglu(
     rows_RD: Float[Array, "R D"],
-    gate_eDF: Matrices,
-    up_eDF: Matrices,
+    gate_eDF: Stacked,
+    up_eDF: Stacked,
     group_sizes_E: Int[Array, " E"],
     group_offset: int | Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "R F"]:
+    gate_eDF, up_eDF = of_layer(gate_eDF, layer), of_layer(up_eDF, layer)
     return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, local_groups(group_sizes_E, group_offset, gate_eDF.shape[0]))

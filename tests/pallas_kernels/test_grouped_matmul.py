@@ -47,8 +47,8 @@ IMPLEMENTED = [
 
 
 @functools.partial(jax.jit, static_argnames=("op", "implementation"))
-def value_and_gradients(op, implementation, rows, weights, group_sizes, d_out, group_offset=None):
-    static = dict(group_sizes_E=group_sizes, group_offset=group_offset, implementation=implementation)
+def value_and_gradients(op, implementation, rows, weights, group_sizes, d_out, group_offset=None, layer=None):
+    static = dict(group_sizes_E=group_sizes, group_offset=group_offset, layer=layer, implementation=implementation)
     if isinstance(weights[0], QuantizedArray):
         out, backward = jax.vjp(lambda rows: OPS[op][0](rows, *weights, **static), rows)
     else:
@@ -143,6 +143,27 @@ def test_shards_of_experts_add_up_to_the_whole(implementation, op):
     assert_close([sum(out), sum(d_rows), *map(jnp.concatenate, d_weights)], whole, jnp.float32)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", [*FAST, "reference"])
+def test_a_layer_of_stacked_weights(implementation, op, quantized):
+    """Two of four experts of the last of three layers; what other layers hold is not read."""
+    rows, weights, group_sizes, d_out = inputs(op, 100, [30, 5, 48, 17], jnp.float32)
+    held = [quantize(w[1:3], jnp.int8, axis=1) if quantized else w[1:3] for w in weights]
+    expected = value_and_gradients(op, implementation, rows, held, group_sizes, d_out, 1)
+
+    def stack(leaf):
+        others = jnp.full_like(leaf, 77 if leaf.dtype == jnp.int8 else jnp.nan)
+        return jnp.stack([others, others, leaf])
+
+    stacked = jax.tree.map(stack, held)
+    results = value_and_gradients(op, implementation, rows, stacked, group_sizes, d_out, 1, jnp.int32(2))
+    assert_close(results[:2], expected[:2], jnp.float32)
+    for d_stacked, d_layer in zip(results[2:], expected[2:], strict=True):
+        assert_close([d_stacked[2]], [d_layer], jnp.float32)
+        assert not d_stacked[:2].any()
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_shards_of_experts_under_shard_map(implementation):
     rows, (weights,), group_sizes, _ = inputs("grouped_matmul", 40, [10, 5, 0, 20], jnp.float32)
@@ -191,6 +212,8 @@ def test_arguments_that_do_not_fit_are_refused():
         grouped_matmul(rows, weights[:1], sizes)
     with pytest.raises(ValueError, match=r"must be \[at most 2, 64, F\]"):
         grouped_matmul(rows, jnp.ones((3, 64, 96)), sizes, group_offset=0)
+    with pytest.raises(ValueError, match=r"must be \[layers, 2, 64, F\]"):
+        grouped_matmul(rows, weights, sizes, layer=0)
     with pytest.raises(ValueError, match="gate and up differ"):
         grouped_swiglu(rows, weights, quantized, sizes)
     with pytest.raises(ValueError, match=r"scales of shape \(2, 5, 96\); expected \[2, G, 96\], G | 64"):
