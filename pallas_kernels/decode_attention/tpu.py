@@ -340,7 +340,7 @@ def attend(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
         ),
-        cost_estimate=_cost(q_BTNH, caches, S * pages_per_sequence),
+        cost_estimate=_cost(q_BTNH, caches, S * pages_per_sequence, k_cache.shape[0] * k_cache.shape[1]),
         interpret=interpret,
     )(newest_B, used_B, table, q_BgRH, *caches)
 
@@ -354,13 +354,14 @@ def attend(
     return out.astype(q_BTNH.dtype), lse
 
 
-def _cost(q_BTNH: Array, caches: list[Array], num_slots: int) -> pl.CostEstimate:
-    """Returns for XLA's scheduler what full caches cost."""
+def _cost(q_BTNH: Array, caches: list[Array], num_slots: int, num_held: int) -> pl.CostEstimate:
+    """Returns for XLA's scheduler what sequences of `num_slots` cost, of the `num_held` slots of the caches."""
+    held_bytes = sum(x.size * x.dtype.itemsize for x in caches)
     num_scores = math.prod(q_BTNH.shape[:3]) * num_slots
     return pl.CostEstimate(
         flops=4 * num_scores * q_BTNH.shape[3],
         transcendentals=num_scores,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in caches),
+        bytes_accessed=held_bytes * q_BTNH.shape[0] * num_slots // num_held,
     )
 
 
