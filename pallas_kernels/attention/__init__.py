@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import gpu, reference, xla
 from pallas_kernels.dispatch import dispatch, register
 
+register("attention", "pallas", gpu.attention, gpu.refuse)
 register("attention", "xla", xla.attention)
 register("attention", "reference", reference.attention)
 

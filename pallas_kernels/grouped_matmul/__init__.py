@@ -8,15 +8,23 @@ are nobody's here.
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch, register
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.dispatch import by_platform, dispatch, register
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 from pallas_kernels.quantized import QuantizedArray
 
-register("grouped_matmul", "pallas", tpu.grouped_matmul, tpu.refuse)
+register(
+    "grouped_matmul",
+    "pallas",
+    *by_platform(tpu=(tpu.grouped_matmul, tpu.refuse), gpu=(gpu.grouped_matmul, gpu.refuse)),
+)
 register("grouped_matmul", "xla", xla.grouped_matmul)
 register("grouped_matmul", "interpret", tpu.interpreted_grouped_matmul, tpu.refuse_interpreted)
 register("grouped_matmul", "reference", reference.grouped_matmul)
-register("grouped_swiglu", "pallas", tpu.grouped_swiglu, tpu.refuse)
+register(
+    "grouped_swiglu",
+    "pallas",
+    *by_platform(tpu=(tpu.grouped_swiglu, tpu.refuse), gpu=(gpu.grouped_swiglu, gpu.refuse)),
+)
 register("grouped_swiglu", "xla", xla.grouped_swiglu)
 register("grouped_swiglu", "interpret", tpu.interpreted_grouped_swiglu, tpu.refuse_interpreted)
 register("grouped_swiglu", "reference", reference.grouped_swiglu)
