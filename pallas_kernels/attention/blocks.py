@@ -41,29 +41,29 @@ _NO_QUERY, _NO_KEY = Queries(_MOST, _LEAST, 0), Keys(_MOST, 0)
 
 
 class QueryRanges(NamedTuple):
-    """What the queries of a block have in common."""
+    """What the queries of a block have in common. Padding does not count, except that nothing is common with it."""
 
     lowest: AnyArray
-    """The interval that any of them may see: from here"""
+    """Of the queries in the first segment, the smallest position that one of them may see."""
     highest: AnyArray
-    """to here."""
+    """Of the queries in the last segment, the largest position that one of them may see."""
     common_low: AnyArray
-    """The interval that each of them sees: from here"""
+    """Every query sees the positions of its segment from here"""
     common_high: AnyArray
-    """to here; no key lies in it if one of them is padding."""
+    """to here."""
     first_segment: AnyArray | None = None
     last_segment: AnyArray | None = None
 
 
 class KeyRanges(NamedTuple):
-    """What the keys of a block have in common."""
+    """What the keys of a block have in common. Padding counts for `end` only."""
 
     first: AnyArray
-    """Smallest position."""
+    """Smallest position in the first segment."""
     last: AnyArray
-    """Largest position."""
+    """Largest position in the last segment."""
     end: AnyArray
-    """Largest position if none of them is padding; else beyond every interval."""
+    """Largest position; beyond every interval if one of the keys is padding."""
     first_segment: AnyArray | None = None
     last_segment: AnyArray | None = None
 
@@ -123,22 +123,28 @@ def query_ranges(queries: Queries, block: int) -> QueryRanges:
     """Returns the ranges of whole blocks, each [B, blocks]."""
     low, high = _blocked(queries.low, block), _blocked(queries.high, block)
     # Padding has the interval _MOST.._LEAST: it leaves the union of the intervals alone and empties what is common.
-    return QueryRanges(low.min(2), high.max(2), low.max(2), high.min(2), *_segment_range(queries.segment, block))
+    lowest, highest, *segments = _ends(low, high, queries.segment)
+    return QueryRanges(lowest, highest, low.max(2), high.min(2), *segments)
 
 
 def key_ranges(keys: Keys, block: int) -> KeyRanges:
     """Returns the ranges of whole blocks, each [B, blocks]."""
     position = _blocked(keys.position, block)
-    last = _xp(position).where(position == _MOST, _LEAST, position).max(2)
-    return KeyRanges(position.min(2), last, position.max(2), *_segment_range(keys.segment, block))
+    real_position = _xp(position).where(position == _MOST, _LEAST, position)
+    first, last, *segments = _ends(position, real_position, keys.segment)
+    return KeyRanges(first, last, position.max(2), *segments)
 
 
-def _segment_range(segment: AnyArray | None, block: int) -> tuple[AnyArray, AnyArray] | tuple[()]:
-    """Returns the smallest and largest segment per block, without padding; nothing if there is only one."""
+def _ends(low: AnyArray, high: AnyArray, segment: AnyArray | None) -> list[AnyArray]:
+    """Returns per block the smallest `low` of the first segment, the largest `high` of the last, and these segments."""
     if segment is None:
-        return ()
-    segment = _blocked(segment, block)
-    return _xp(segment).where(segment == 0, _MOST, segment).min(2), segment.max(2)
+        return [low.min(2), high.max(2)]
+    xp = _xp(segment)
+    segment = _blocked(segment, low.shape[2])
+    first_segment, last_segment = xp.where(segment == 0, _MOST, segment).min(2), segment.max(2)
+    lowest = xp.where(segment == first_segment[:, :, None], low, _MOST).min(2)
+    highest = xp.where(segment == last_segment[:, :, None], high, _LEAST).max(2)
+    return [lowest, highest, first_segment, last_segment]
 
 
 def _blocked(values: AnyArray, block: int) -> AnyArray:
@@ -150,11 +156,20 @@ def _xp(array: AnyArray):
 
 
 def may_see(queries: QueryRanges, keys: KeyRanges) -> Bool[AnyArray, "..."]:
-    """Returns False where no query of a block sees a key of the other; True says that some may."""
-    seen = (keys.first <= queries.highest) & (keys.last >= queries.lowest)
-    if keys.first_segment is None:
-        return seen
-    return seen & (keys.first_segment <= queries.last_segment) & (keys.last_segment >= queries.first_segment)
+    """Returns False where no query of a block sees a key of the other; True says that some may.
+
+    Segments and positions compare like words: where documents follow one another in ascending order of their ids, a
+    block that begins behind the end of another is told from it although both hold parts of several documents.
+    """
+    begins_in_time, ends_in_time = keys.first <= queries.highest, keys.last >= queries.lowest
+    if keys.first_segment is not None:
+        begins_in_time = (keys.first_segment < queries.last_segment) | (
+            (keys.first_segment == queries.last_segment) & begins_in_time
+        )
+        ends_in_time = (keys.last_segment > queries.first_segment) | (
+            (keys.last_segment == queries.first_segment) & ends_in_time
+        )
+    return begins_in_time & ends_in_time
 
 
 def see_all(queries: QueryRanges, keys: KeyRanges) -> Bool[AnyArray, "..."]:

@@ -25,6 +25,7 @@ from pallas_kernels.attention.blocks import (
 )
 from pallas_kernels.attention.tiles import gpu_tiles
 from pallas_kernels.gpu import LOWEST, Span, dot, exp2, load, power_of_two, refuse_platform, store
+from pallas_kernels.residuals import name_attention
 
 _LOG2_E = math.log2(math.e)
 # Sums of wider heads would not fit in the registers.
@@ -224,29 +225,49 @@ def _key_gradients(q, k, v, d_out, lse, delta, queries, keys, scale, interpret):
     )(list_visits(queries, keys, t.q_block, t.kv_block, by_keys=True), queries, keys, q, k, v, d_out, lse, delta)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, queries, keys, scale, interpret):
-    out, lse_BNT = _forward(q, k, v, queries, keys, scale, interpret)
+def _backward(q, k, v, labels, scale, interpret, out, lse, d_out, d_lse):
+    # d scores = weights * (d weights - delta): sum(out * d_out) comes from the normalisation, d_lse from the result.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse
+    arguments = q, k, v, d_out, lse.swapaxes(1, 2), delta.swapaxes(1, 2), *labels, scale, interpret
+    return _query_gradients(*arguments), *_key_gradients(*arguments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, labels, scale, interpret):
+    out, lse_BNT = _forward(q, k, v, *labels, scale, interpret)
     return out, lse_BNT.swapaxes(1, 2)
 
 
-def _attention_forward(q, k, v, queries, keys, scale, interpret):
-    out, lse = _attention(q, k, v, queries, keys, scale, interpret)
-    return (out, lse), (q, k, v, queries, keys, out, lse)
+def _attention_forward(q, k, v, labels, scale, interpret):
+    out, lse = name_attention(*_attention(q, k, v, labels, scale, interpret))
+    return (out, lse), (q, k, v, labels, out, lse)
 
 
 def _attention_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, queries, keys, out, lse), (d_out, d_lse) = residuals, cotangents
-    # d scores = weights * (d weights - delta): sum(out * d_out) comes from the normalisation, d_lse from the result.
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse
-    static = queries, keys, scale, interpret
-    lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
-    d_q = _query_gradients(q, k, v, d_out, lse, delta, *static)
-    d_k, d_v = _key_gradients(q, k, v, d_out, lse, delta, *static)
-    return d_q, d_k, d_v, None, None
+    q, k, v, labels, out, lse = residuals
+    return *_backward(q, k, v, labels, scale, interpret, out, lse, *cotangents), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _make_labels(q_BTNH, k_BSKH, given, causal, chunk_size) -> tuple[Queries, Keys]:
+    """Returns the labels as JAX arrays: lists of blocks are made on the GPU, they are not constants of the program."""
+    (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
+    positions = [
+        jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (B, length)) if x is None else x
+        for x, length in zip(given[:2], (T, S), strict=True)
+    ]
+    return make_labels((B, T, S), *positions, *given[2:], causal, chunk_size)
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale", "interpret"))
+def attention_gradients(
+    q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN, causal, chunk_size, scale, interpret=False
+):
+    labels = _make_labels(q_BTNH, k_BSKH, given, causal, chunk_size)
+    results = out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN
+    return _backward(q_BTNH, k_BSKH, v_BSKH, labels, scale, interpret, *results)
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale", "interpret"))
@@ -254,17 +275,11 @@ def attention(
     q_BTNH, k_BSKH, v_BSKH, q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS,
     causal, chunk_size, scale, interpret=False,
 ):  # fmt: skip
-    (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
-    if 0 in (B, T, S):
+    if 0 in (*q_BTNH.shape[:2], k_BSKH.shape[1]):
         return jnp.zeros_like(q_BTNH), jnp.full(q_BTNH.shape[:3], -jnp.inf)
-
-    def or_index(positions, length):
-        # Given, not left out, so that lists of blocks are made on the GPU and are not constants of the program.
-        return jnp.broadcast_to(jnp.arange(length), (B, length)) if positions is None else positions
-
-    positions = or_index(q_positions_BT, T), or_index(kv_positions_BS, S)
-    queries, keys = make_labels((B, T, S), *positions, q_segment_ids_BT, kv_segment_ids_BS, causal, chunk_size)
-    return _attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale, interpret)
+    given = q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS
+    labels = _make_labels(q_BTNH, k_BSKH, given, causal, chunk_size)
+    return _attention(q_BTNH, k_BSKH, v_BSKH, labels, scale, interpret)
 
 
 def refuse(q_BTNH, *_) -> str | None:
