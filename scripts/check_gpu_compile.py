@@ -1,6 +1,6 @@
-"""Compiles every GPU kernel of `pallas_kernels` for H100 and H200 (sm_90), without a GPU; run by check_gpu_compile.sh.
+"""Compiles every GPU kernel of `pallas_kernels` for H100 and H200 (sm_90), without a GPU.
 
-    .venv-gpu/bin/python scripts/check_gpu_compile.py [words of the names of calls]
+    bash scripts/check_gpu_compile.sh [words of the names of calls]
 
 That proves that Triton and ptxas take the kernels at the shapes of Scout and Maverick, and that shared memory fits. It
 proves no number and no second. Printed for each kernel: shared memory, registers and spilled bytes of a thread, the
@@ -12,22 +12,20 @@ and exit code 1.
 import glob
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-DUMPS = tempfile.TemporaryDirectory()
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMPS.name}"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # the plugin reports that it finds no GPU
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import jax
 import numpy as np
 from jax.experimental import topologies
 
+from tests.pallas_kernels.gpu_calls import CALLS
+
+DUMPS = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 # From NVIDIA's H100 data sheet and the CUDA programming guide, compute capability 9.0.
 H100 = """
 platform_name: "CUDA"
@@ -59,8 +57,7 @@ def one_gpu() -> jax.sharding.Mesh:
 def compile_call(mesh, call) -> None:
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), call.arguments)
-    for path in glob.glob(f"{DUMPS.name}/*"):
-        os.remove(path)
+    shutil.rmtree(DUMPS.name)
     jax.jit(call.function).lower(*arguments).compile()
 
 
@@ -89,8 +86,7 @@ def registers() -> dict[str, str]:
 
 
 def main() -> int:
-    from tests.pallas_kernels.gpu_calls import CALLS  # after the variables that jax reads when it is imported
-
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMPS.name}"  # read when the first program is compiled
     mesh, failed = one_gpu(), []
     chosen = {name: make for name, make in CALLS.items() if all(word in name for word in sys.argv[1:])}
     print(f"jax {jax.__version__}, {mesh.devices[0].device_kind}, {len(chosen)} calls")
@@ -109,9 +105,9 @@ def main() -> int:
             shared, used, seen = shared_bytes(), registers(), {}
             for work in call.works():
                 nth = seen[work.kernel] = seen.get(work.kernel, -1) + 1
-                unique = work.kernel if nth == 0 else f"{work.kernel}__{nth}"
+                unique = f"{work.kernel}__{nth}"  # but two equal kernels are one
                 print(
-                    f"    {work.kernel:42}{shared[work.kernel][nth] / 1024:9.1f} {used.get(unique, '   ?     ?')}"
+                    f"    {work.kernel:42}{shared[work.kernel][nth] / 1024:9.1f} {used.get(unique) or used.get(work.kernel, '   ?     ?')}"
                     f" {work.flops / 1e12:8.3f} {work.flops / work.least_flops:5.2f}"
                     f" {work.loads / 1e9:8.3f} {work.loads / work.least_bytes:5.2f}",
                     flush=True,
