@@ -1,9 +1,12 @@
 """What all GPU kernels share: when they can run, and the few operations that Triton wants in a form of its own.
 
-The kernels are Pallas through Triton. That can be checked without a GPU: numerically by `interpret=True` on a CPU, and
-by compiling for sm_90 ahead of time (`scripts/check_gpu_compile.sh`). Every array in a kernel has a power of two of
-numbers; memory is read and written by explicit loads and stores; Triton makes a loop over loads into a pipeline that
-fills shared memory ahead of the products.
+The kernels are Pallas through Triton, for every NVIDIA GPU from Ampere on. Mosaic GPU, the alternative, is for Hopper
+and later; what it lets one arrange by hand (TMA, warp specialisation) pays off when it is tuned on such a GPU. Triton's
+kernels can be checked without one: their numbers by `interpret=True` on a CPU, and that they compile for sm_90, with
+which registers and shared memory, by `scripts/check_gpu_compile.sh`. Nobody has timed them.
+
+Every array in a kernel has a power of two of numbers; memory is read and written by explicit loads and stores; Triton
+makes a loop over loads into a pipeline that fills shared memory ahead of the products.
 """
 
 from typing import NamedTuple
@@ -53,7 +56,7 @@ def refuse_platform() -> str | None:
     return None if kind.startswith("NVIDIA") else f"the kernels are made for GPUs of NVIDIA, this is {kind}"
 
 
-def refuse_size(**arrays: Array) -> str | None:
+def refuse_size(**arrays: Array | jax.ShapeDtypeStruct) -> str | None:
     """Returns which array Triton cannot address, None if it reaches all of them.
 
     Up to 4 GiB jax's lowering counts numbers in 32 signed bits (`_compute_offsets_from_indices`), which 8-bit arrays
@@ -85,7 +88,7 @@ class Span(NamedTuple):
     mask: Array | None
 
     @classmethod
-    def block(cls, index: Array, size: int, length: int) -> "Span":
+    def block(cls, index: Array | int, size: int, length: int) -> "Span":
         """Returns one of the blocks that cut an axis of the given length."""
         start = index * size
         return cls(start, size, None if length % size == 0 else start + jnp.arange(size) < length)
@@ -95,12 +98,12 @@ class Span(NamedTuple):
         return pl.ds(self.start, self.size)
 
 
-def load(ref, *index: Span | Array | int) -> Array:
+def load(ref, *index: Span | Array | int | np.integer) -> Array:
     """Returns a part of an array in memory, zeros for what does not exist: an axis for each span."""
     return plgpu.load(_view(ref, index), mask=(mask := _mask(index)), other=None if mask is None else 0)
 
 
-def store(ref, value: Array, *index: Span | Array | int) -> None:
+def store(ref, value: Array, *index: Span | Array | int | np.integer) -> None:
     """Writes a part of an array, where it exists."""
     plgpu.store(_view(ref, index), value.astype(ref.dtype), mask=_mask(index))
 

@@ -105,9 +105,9 @@ def main() -> int:
             shared, used, seen = shared_bytes(), registers(), {}
             for work in call.works():
                 nth = seen[work.kernel] = seen.get(work.kernel, -1) + 1
-                unique = f"{work.kernel}__{nth}"  # but two equal kernels are one
+                own = used.get(f"{work.kernel}__{nth}")  # two equal kernels are one
                 print(
-                    f"    {work.kernel:42}{shared[work.kernel][nth] / 1024:9.1f} {used.get(unique) or used.get(work.kernel, '   ?     ?')}"
+                    f"    {work.kernel:42}{shared[work.kernel][nth] / 1024:9.1f} {own or used[work.kernel]}"
                     f" {work.flops / 1e12:8.3f} {work.flops / work.least_flops:5.2f}"
                     f" {work.loads / 1e9:8.3f} {work.loads / work.least_bytes:5.2f}",
                     flush=True,

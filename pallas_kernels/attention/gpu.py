@@ -1,4 +1,23 @@
-"""Flash attention on GPU: three Triton kernels, forward, gradient to the queries, gradients to keys and values."""
+"""Flash attention on GPU: three Triton kernels, forward, gradient to the queries, gradients to keys and values.
+
+Tiled: a program has a block of queries of one head, in the third kernel a block of keys and values with all query heads
+of their group, one after the other. The blocks of the other side that it sees pass by, from a list that XLA makes on
+the GPU: first those in which every pair is visible, in a loop without a mask, then the others. Hidden blocks are
+neither read nor computed. Two kernels for the gradients cost seven products a tile instead of five, but no program adds
+to what another writes: results are the same every time.
+
+In registers: float32 sums and the statistics of the softmax. In shared memory: the block that stays, and a pipeline of
+those that pass by. The grid: blocks (fastest), heads, rows of the batch; causal blocks with most keys begin first.
+
+Bytes: programs load keys and values again for each block of queries and each head, 28 times the least for Scout's 8192
+tokens. Programs that run at the same time share a few heads, whose keys and values (4 MB a kv head) stay in the L2
+cache.
+
+cuDNN's attention (`jax.nn.dot_product_attention`) knows causal masks, windows and lengths; documents, explicit
+positions and chunks would be a T x S array. So it does not serve here.
+
+Flash attention: Dao et al., 2022; online softmax: Milakov and Gimelshein, 2018.
+"""
 
 import functools
 import math

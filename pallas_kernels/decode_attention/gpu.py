@@ -1,4 +1,21 @@
-"""Decode attention on GPU: one Triton kernel over the used slots of the cache, split along the sequence."""
+"""Decode attention on GPU: one Triton kernel over the used slots of the cache, split along the sequence.
+
+Tiled: a program has one kv head of a part of one sequence. The queries of that head, of all its tokens, are the rows of
+one product (16 at least, as tensor cores want); blocks of 64 slots pass by, each within one page. int8 becomes the
+queries' dtype in registers; its scales multiply scores and weights, one number for a slot.
+
+In registers: queries, float32 sums, the statistics of the softmax. In shared memory: a pipeline of blocks of the cache.
+
+The grid: parts, kv heads, sequences. There are enough parts for two programs on each core, and they share what a
+sequence uses evenly. XLA merges them by their log-sum-exp: some float32 numbers for each query and part.
+
+Bytes: the used slots, once. Queries and results of all parts add at most 4% to that at the shapes of
+`scripts/check_gpu_compile.sh`.
+
+cuDNN's attention, as `jax.nn.dot_product_attention` offers it, takes neither pages nor int8.
+
+Splits along the sequence: flash-decoding, Dao et al., 2023.
+"""
 
 import functools
 import math

@@ -1,9 +1,30 @@
 """Routed expert matmuls on GPU: two Triton kernels, rows times weights (`multiply`) and outer products
 (`outer_products`), which is the gradient to the weights.
+
+`multiply` is the forward pass and, with the weights contracted along F, the gradient to the rows.
+
+- Tiled: rows into blocks of 128 (16 to 64 where groups are small), each of one group; columns of the result by up to
+  256; the contracted axis by 64 or more. Every group begins a block of its own: products are 1.12 times the least for
+  8192 rows of 16 experts, 1.45 times for 128 experts.
+- A program finds its group by itself, from prefix sums over the group sizes: XLA prepares no list. Blocks of rows that
+  belong to nobody write zeros and read nothing.
+- The grid: 16 blocks of rows change fastest, then tiles of columns. Programs that run at the same time so read the same
+  weights, and their rows stay in the L2 cache.
+- In registers: float32 sums. In shared memory: a pipeline of steps along the contracted axis.
+- Bytes: in decoding, 1.02 to 1.13 times the least: the weights of groups with rows, once. In prefill programs load 6
+  times the least, most of it from the L2 cache.
+- Quantised weights move as they are stored, and become the rows' dtype inside. One scale for a column multiplies the
+  sums; scales for groups multiply the numbers.
+
+`outer_products`: a program sums a tile [128, 256] of the gradient of one group, while that group's rows pass by.
+
+Why not `lax.ragged_dot`: XLA compiles it for GPUs (jax 0.10.2, default flags; read in the optimised HLO) as one dense
+product of rows that are repeated for each of E groups and are zero in all but their own: E times the multiplications,
+and a copy of the rows E times as large.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -91,7 +112,7 @@ def _read(weight, group: Array, rows: Span, cols: Span, scaled: bool, dtype) -> 
     return (values.astype(jnp.float32) * _read_scales(weight, group, rows.start // rows_per_scale, cols)).astype(dtype)
 
 
-def _read_scales(weight: QuantizedArray, group: Array, nth: Array, cols: Span) -> Array:
+def _read_scales(weight: QuantizedArray, group: Array, nth: Array | np.integer, cols: Span) -> Array:
     """Returns the nth scales of some columns of a group's matrix, for what `_read` makes of the values."""
     scales = load(weight.scales, group, nth, cols)
     return scales * 0.0625 if _is_packed(weight) else scales
@@ -109,7 +130,7 @@ def multiply(
     transposed: bool = False,
     num_results: int = 1,
     interpret: bool = False,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Returns `finish(*products)` of every row with its group's weights; rows of no group give zeros.
 
     Args:

@@ -19,7 +19,6 @@ from pallas_kernels.attention.blocks import (
     may_see,
     pad_labels,
     query_ranges,
-    visible,
 )
 from pallas_kernels.attention.tiles import gpu_tiles
 from pallas_kernels.decode_attention.tiles import choose_gpu_tiles
@@ -177,14 +176,7 @@ def attention_call(
             segments = tuple(1 + np.arange(length)[None] * num_segments // length for length in (T, S))
         labels = make_labels((1, T, S), *given, *segments, causal, chunk_size)
         labels = [type(x)(*(None if y is None else np.asarray(y) for y in x)) for x in labels]
-        seen = sum(
-            int(
-                visible(
-                    type(labels[0])(*(y if y is None else y[0, i : i + 1, None] for y in labels[0])), labels[1]
-                ).sum()
-            )
-            for i in range(T)
-        )
+        seen = count_visible(*labels)
         kernels = gpu_tiles(q.dtype.itemsize)
 
         def work(name, tiles, num_products, num_query_arrays, num_key_arrays, by_keys=False):
@@ -216,6 +208,17 @@ def attention_call(
         return Call(function, (q, kv, kv, *ids), works)
     cotangents = q, array(B, T, N, dtype="float32")
     return Call(*gradients(function, (0, 1, 2), q, kv, kv, *ids, cotangents=cotangents), works)
+
+
+def count_visible(queries, keys):
+    """Returns how many pairs there are, where positions and segments of the keys ascend."""
+    (position,), (low,), (high,) = keys.position, queries.low, queries.high
+    first, end = np.searchsorted(position, low), np.searchsorted(position, high, "right")
+    if keys.segment is not None:
+        (segments,), (segment,) = keys.segment, queries.segment
+        first = np.maximum(first, np.searchsorted(segments, segment))
+        end = np.minimum(end, np.searchsorted(segments, segment, "right"))
+    return int(np.maximum(end - first, 0).sum())
 
 
 def decode_call(
@@ -250,14 +253,15 @@ def decode_call(
         slots = -(-used // t.block_slots) * t.block_slots
         flops = 4 * B * num_kv_heads * H
         slot_bytes = 2 * B * num_kv_heads * (H + 4 if int8 else H * q.dtype.itemsize)
-        parts = t.num_splits * B * num_rows * num_kv_heads * H * (4 if t.num_splits > 1 else q.dtype.itemsize)
+        q_bytes = q.size * q.dtype.itemsize
+        parts = t.num_splits * q.size * (4 if t.num_splits > 1 else q.dtype.itemsize)
         return [
             Work(
                 "decode_attention",
                 flops * t.rows * slots,
                 flops * num_rows * used,
-                slot_bytes * used + parts,
-                slot_bytes * used + 2 * q.size * q.dtype.itemsize,
+                slot_bytes * used + t.num_splits * q_bytes + parts,
+                slot_bytes * used + 2 * q_bytes,
             )
         ]
 
