@@ -32,14 +32,20 @@ class Card(NamedTuple):
     Attributes:
         num_cores: streaming multiprocessors.
         shared_bytes: shared memory that one program may use.
+        converts_fp8: whether it has instructions for float8_e4m3fn, without which Triton's compiler ends the process.
     """
 
     num_cores: int
     shared_bytes: int
+    converts_fp8: bool
 
 
-_CARDS = {"NVIDIA H100": Card(132, 227 << 10), "NVIDIA H200": Card(132, 227 << 10), "NVIDIA A100": Card(108, 163 << 10)}
-_OTHER_CARD = Card(64, 99 << 10)
+_CARDS = {
+    "NVIDIA H100": Card(132, 227 << 10, True),
+    "NVIDIA H200": Card(132, 227 << 10, True),
+    "NVIDIA A100": Card(108, 163 << 10, False),
+}
+_OTHER_CARD = Card(64, 99 << 10, False)
 
 
 def card() -> Card:

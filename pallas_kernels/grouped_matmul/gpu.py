@@ -35,7 +35,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from pallas_kernels.gpu import Span, dot, load, power_of_two, refuse_platform, refuse_size, store
+from pallas_kernels.dispatch import target
+from pallas_kernels.gpu import Span, card, dot, load, power_of_two, refuse_platform, refuse_size, store
 from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.quantized import QuantizedArray
 
@@ -325,7 +326,10 @@ def grouped_swiglu(rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset=None, 
 
 def refuse(rows_RD, *weights_and_groups) -> str | None:
     """Returns why the kernels cannot serve a call, None if they can."""
-    return refuse_platform() or refuse_arguments(rows_RD, *weights_and_groups)
+    reason = refuse_platform() or refuse_arguments(rows_RD, *weights_and_groups)
+    if reason is None and weights_and_groups[0].dtype == jnp.float8_e4m3fn and not card().converts_fp8:
+        return f"{target().device_kind} is not known to convert float8_e4m3fn"
+    return reason
 
 
 def refuse_arguments(rows_RD, *weights_and_groups) -> str | None:

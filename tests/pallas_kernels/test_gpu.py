@@ -13,10 +13,15 @@ from pallas_kernels.dispatch import Target, target
 from tests.pallas_kernels.gpu_calls import CALLS, array
 
 
+def on(device_kind, platform="cuda"):
+    """Returns a context in which calls are compiled for one such GPU."""
+    device = jax.sharding.AbstractDevice(device_kind, None, platform)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
 @pytest.fixture
 def h100():
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    with on("NVIDIA H100 80GB HBM3"):
         yield
 
 
@@ -73,8 +78,10 @@ def test_calls_that_do_not_fit_are_refused(h100):
     refused("offsets would overflow", grouped_matmul, array(4, 64), int8(1, many), array(many, dtype="int32"))
 
 
-def test_other_gpus_are_refused():
-    device = jax.sharding.AbstractDevice("AMD Instinct MI300X", None, "rocm")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-        kv = array(1, 8, 2, 64)
-        refused("made for GPUs of NVIDIA, this is AMD", attention, kv, kv, kv)
+def test_gpus_that_do_not_fit_are_refused():
+    q, rows, sizes = array(1, 8, 2, 64), array(4, 64), array(2, dtype="int32")
+    fp8 = QuantizedArray(array(2, 64, 96, dtype="float8_e4m3fn"), array(2, 1, 96, dtype="float32"))
+    with on("AMD Instinct MI300X", "rocm"):
+        refused("made for GPUs of NVIDIA, this is AMD", attention, q, q, q)
+    with on("NVIDIA A100-SXM4-80GB"):
+        refused("A100-SXM4-80GB is not known to convert float8_e4m3fn", grouped_matmul, rows, fp8, sizes)
