@@ -43,6 +43,21 @@ def target() -> Target:
     return Target(platform, device.device_kind)
 
 
+def by_platform(tpu: tuple[Callable, Callable], gpu: tuple[Callable, Callable]) -> Implementation:
+    """Returns two implementations under one name: `gpu` serves GPUs, `tpu` is asked everywhere else.
+
+    Args:
+        tpu, gpu: what computes the op and what says why it cannot, as in `Implementation`.
+    """
+
+    def choose() -> Implementation:
+        return Implementation(*(gpu if target().platform == "gpu" else tpu))
+
+    return Implementation(
+        lambda *args, **kwargs: choose().run(*args, **kwargs), lambda *args, **kwargs: choose().refuse(*args, **kwargs)
+    )
+
+
 _registry: dict[str, dict[str, Implementation]] = {}
 
 

@@ -9,14 +9,18 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference, tpu, xla
-from pallas_kernels.dispatch import dispatch, register
+from pallas_kernels.attention import gpu, reference, tpu, xla
+from pallas_kernels.dispatch import by_platform, dispatch, register
 
-register("attention", "pallas", tpu.attention, tpu.refuse)
+register("attention", "pallas", *by_platform(tpu=(tpu.attention, tpu.refuse), gpu=(gpu.attention, gpu.refuse)))
 register("attention", "xla", xla.attention)
 register("attention", "interpret", functools.partial(tpu.attention, interpret=True), tpu.refuse_interpreted)
 register("attention", "reference", reference.attention)
-register("attention_gradients", "pallas", tpu.attention_gradients, tpu.refuse)
+register(
+    "attention_gradients",
+    "pallas",
+    *by_platform(tpu=(tpu.attention_gradients, tpu.refuse), gpu=(gpu.attention_gradients, gpu.refuse)),
+)
 register("attention_gradients", "xla", xla.attention_gradients)
 register(
     "attention_gradients",

@@ -1,6 +1,9 @@
-"""Tile sizes of the TPU kernels, chosen by counting static instruction bundles (`scripts/count_attention.py`)."""
+"""Tile sizes; for TPUs chosen by counting static instruction bundles (`scripts/count_attention.py`)."""
 
 from typing import NamedTuple
+
+from pallas_kernels.dispatch import target
+from pallas_kernels.gpu import card
 
 LANES = 128
 MiB = 2**20
@@ -85,3 +88,39 @@ def forward_vmem_limit() -> int:
 def backward_vmem_limit(device_kind: str) -> int:
     """Returns how many bytes of fast memory the backward kernel may take: 64 of 128 MiB, or 48 of 64."""
     return _BLOCKS + _GRADIENTS.get(device_kind, _GRADIENTS_ELSEWHERE)
+
+
+class GpuTiles(NamedTuple):
+    """Tiles of scores of a Triton kernel, its warps of 32 threads, and how many tiles of loads its pipeline holds."""
+
+    q_block: int
+    kv_block: int
+    num_warps: int
+    num_stages: int
+
+
+class GpuKernels(NamedTuple):
+    """The tiles of each kernel; see `gpu.py`."""
+
+    forward: GpuTiles
+    query_gradients: GpuTiles
+    key_gradients: GpuTiles
+
+
+# 162, 130 and 130 KB of shared memory. Spills (`scripts/check_gpu_compile.sh`) are in the loops that need a mask.
+_HOPPER = GpuKernels(GpuTiles(128, 128, 8, 2), GpuTiles(128, 64, 8, 2), GpuTiles(64, 128, 8, 2))
+# At most 67 KB, without spills.
+_ANY_GPU = GpuKernels(GpuTiles(64, 32, 4, 2), GpuTiles(64, 32, 4, 2), GpuTiles(32, 64, 4, 2))
+# float32 takes twice the memory, and registers for the parts of a number: at most 99 KB.
+_ANY_GPU_FLOAT32 = GpuKernels(*[GpuTiles(32, 32, 4, 2)] * 3)
+# Interpreted on a CPU: tests have several of each.
+_INTERPRETED = GpuKernels(GpuTiles(32, 16, 4, 1), GpuTiles(32, 16, 4, 1), GpuTiles(16, 32, 4, 1))
+
+
+def gpu_tiles(itemsize: int) -> GpuKernels:
+    """Returns the tiles for arrays of `itemsize` bytes a number."""
+    if target().platform == "cpu":
+        return _INTERPRETED
+    if itemsize == 4:
+        return _ANY_GPU_FLOAT32
+    return _HOPPER if card().shared_bytes >= 200 << 10 else _ANY_GPU

@@ -3,11 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import reference, tpu, xla
-from pallas_kernels.dispatch import dispatch, register
+from pallas_kernels.decode_attention import gpu, reference, tpu, xla
+from pallas_kernels.dispatch import by_platform, dispatch, register
 from pallas_kernels.quantized import QuantizedArray
 
-register("decode_attention", "pallas", tpu.decode_attention, tpu.refuse)
+register(
+    "decode_attention",
+    "pallas",
+    *by_platform(tpu=(tpu.decode_attention, tpu.refuse), gpu=(gpu.decode_attention, gpu.refuse)),
+)
 register("decode_attention", "xla", xla.decode_attention)
 register("decode_attention", "interpret", tpu.decode_attention_interpreted, tpu.refuse_arguments)
 register("decode_attention", "reference", reference.decode_attention)

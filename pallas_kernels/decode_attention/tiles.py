@@ -1,4 +1,4 @@
-"""How the Mosaic decode kernel cuts the work: slots per block, and splits of each sequence over the cores of a chip."""
+"""How the decode kernels cut the work: slots per block, and splits of each sequence over the cores of a chip."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -6,6 +6,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
+
+from pallas_kernels.dispatch import target
+from pallas_kernels.gpu import card, power_of_two
 
 SUBLANES, LANES = 8, 128
 """A tile of TPU memory."""
@@ -71,3 +74,47 @@ def bytes_read(
             if dtype == jnp.int8:
                 total += 2 * num_kv_heads * num_lanes(count) * 4
     return total
+
+
+class GpuTiles(NamedTuple):
+    """How the Triton kernel cuts the work; see `gpu.py`.
+
+    Attributes:
+        rows: queries of a kv head, of all its tokens, rounded up to a power of two.
+        block_slots: slots that are read and computed together, of one page.
+        num_splits: parts of each sequence, computed in parallel and merged by their log-sum-exp.
+        num_warps: of 32 threads.
+        num_stages: blocks that are in shared memory or on their way there; those of pages count half, because Triton
+            takes a stage to load a page's number.
+    """
+
+    rows: int
+    block_slots: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_gpu_tiles(
+    num_sequences: int, num_slots: int, num_rows: int, page_size: int | None, itemsize: int
+) -> GpuTiles:
+    """Returns the tiles of the Triton kernel.
+
+    Args:
+        num_sequences: of one kv head each.
+        num_slots: of each sequence.
+        num_rows: queries of a kv head, of all its tokens.
+        page_size: slots of a page, if there are pages.
+        itemsize: bytes of a number of the queries.
+    """
+    rows = power_of_two(num_rows, 16)
+    # 64 slots of bfloat16 keys and values are 32 KB. Two blocks are on their way while one is computed, and three
+    # programs share a core: 192 KB, where 3.35 TB/s times about 1 us asks for 25 KB of each core of an H100.
+    block_slots = 64 if itemsize == 2 else 32
+    if target().platform == "cpu":  # interpreted: tests have several of each
+        num_splits = 3
+    else:
+        num_splits = min(pl.cdiv(2 * card().num_cores, num_sequences), pl.cdiv(num_slots, block_slots))
+    if page_size is None:
+        return GpuTiles(rows, block_slots, num_splits, num_warps=4, num_stages=3)
+    return GpuTiles(rows, min(block_slots, page_size & -page_size), num_splits, num_warps=4, num_stages=5)

@@ -10,12 +10,12 @@ import functools
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch, register
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.dispatch import by_platform, dispatch, register
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 from pallas_kernels.quantized import QuantizedArray
 
 for _op in ("grouped_matmul", "grouped_swiglu"):
-    register(_op, "pallas", getattr(tpu, _op), tpu.refuse)
+    register(_op, "pallas", *by_platform(tpu=(getattr(tpu, _op), tpu.refuse), gpu=(getattr(gpu, _op), gpu.refuse)))
     register(_op, "xla", getattr(xla, _op))
     register(_op, "interpret", functools.partial(getattr(tpu, _op), interpret=True), tpu.refuse_interpreted)
     register(_op, "reference", getattr(reference, _op))

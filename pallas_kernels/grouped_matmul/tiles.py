@@ -1,7 +1,8 @@
-"""Tile sizes of the TPU kernels: what fits a chip's memory, and what its matrix units like.
+"""Tile sizes: what fits the memory of a chip, and what its matrix units like.
 
-Counted, not timed (`scripts/count_tpu_kernels.py`): static bundles of a product with 5120 x 512 bfloat16 weights, jax
-0.10.2, libtpu 0.0.42.1. Below some number of rows it takes as long as loading the weights into the matrix units.
+Those for TPUs are counted, not timed (`scripts/count_tpu_kernels.py`): static bundles of a product with 5120 x 512
+bfloat16 weights, jax 0.10.2, libtpu 0.0.42.1. Below some number of rows it takes as long as loading the weights into
+the matrix units.
 
 | rows       |   32 |   64 |  128 |  256 |  512 |
 |------------|------|------|------|------|------|
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target
+from pallas_kernels.gpu import card, power_of_two
 
 ALIGNMENT = 16
 """Rows of a packed bfloat16 register: rows are read and written at multiples of it."""
@@ -150,3 +152,108 @@ def round_down(number: int, step: int) -> int:
 
 def bits(dtype: jnp.dtype) -> int:
     return (jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).bits
+
+
+class GpuRowTiles(NamedTuple):
+    """Tiles of rows times weights on GPU; see `gpu.py`.
+
+    Attributes:
+        rows: rows of a block.
+        cols: columns of the result.
+        depth: contracted numbers of one step.
+        together: blocks of rows that share a tile of columns at a time.
+        num_warps: of 32 threads.
+        num_stages: steps whose operands are in shared memory, or on their way there.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    together: int
+    num_warps: int
+    num_stages: int
+
+
+class GpuOuterTiles(NamedTuple):
+    """Tiles of the weight gradients on GPU: rows per step, rows and columns of the result."""
+
+    rows: int
+    depth: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+
+# 16 blocks of 128 rows of 5120 bfloat16 are 21 MB: they stay in the L2 cache of an H100 (50 MB) while the weights pass.
+_GPU_TOGETHER = 16
+
+# Bytes of weights in one step of few rows. With four steps, and two programs on a core, enough is on its way to keep
+# the memory busy while it answers: 3.35 TB/s times about 1 us is 25 KB for each core of an H100.
+_GPU_STEP_BYTES = 16 << 10
+
+
+def gpu_row_tiles(
+    num_rows: int,
+    num_groups: int,
+    num_cols: int,
+    depth: int,
+    num_operands: tuple[int, int],
+    itemsize: int,
+    weight_bits: int,
+    most_cols: int,
+    most_depth: int,
+) -> GpuRowTiles:
+    """Returns the tiles of rows times weights.
+
+    Args:
+        num_rows: rows, whether or not a group here owns them.
+        num_groups: groups that share the rows.
+        num_cols: columns of the result.
+        depth: contracted numbers.
+        num_operands: arrays of rows and of weights that one step reads.
+        itemsize: bytes of a number of the rows.
+        weight_bits: bits of a number of the weights.
+        most_cols, most_depth: what the groups of quantised weights allow, powers of two.
+    """
+    if target().platform == "cpu":  # interpreted: tests have several of each
+        return GpuRowTiles(16, min(32, most_cols), min(32, most_depth), together=3, num_warps=4, num_stages=1)
+    num_x, num_weights = num_operands
+    mean_group = -(-num_rows // num_groups)
+    if itemsize == 4:  # a product is three, of operands that are split in registers
+        rows, cols, step, num_warps = 64, 64, 32, 4
+    elif mean_group > 64:
+        # Sums of 128 x 256 numbers are half of the registers of 8 warps. Decoding needs some of the others.
+        rows, cols, step, num_warps = 128, 256 // num_weights if weight_bits == 16 else 128, 64, 8
+    else:
+        # From 64 rows on, Triton multiplies by tiles in shared memory (wgmma), and decodes into it by whole words;
+        # for fewer rows it would read 8-bit weights byte by byte.
+        rows, cols, step, num_warps = power_of_two(mean_group, 16 if weight_bits == 16 else 64), 128, 64, 4
+        while min(num_rows, num_groups) * num_cols // cols < 2 * card().num_cores and cols > 32:
+            cols //= 2
+        # A number counts as a byte at least: those of a step must find room in registers when they are decoded.
+        while num_weights * cols * step * max(weight_bits // 8, 1) < _GPU_STEP_BYTES and step < 256:
+            step *= 2
+    cols = min(cols, most_cols, power_of_two(num_cols, 16))
+    step = min(step, most_depth, power_of_two(depth, 16))
+
+    def step_bytes():
+        return step * (num_x * rows * itemsize + num_weights * cols * weight_bits // 8)
+
+    room = card().shared_bytes
+    if weight_bits < 16:
+        room -= num_weights * cols * step * itemsize  # decoded
+    while 2 * step_bytes() > room and step > 16:
+        step //= 2
+    programs = 1 if rows == 128 else 2
+    num_stages = min(max(room // programs // step_bytes(), 2), 4)
+    return GpuRowTiles(rows, cols, step, _GPU_TOGETHER, num_warps, num_stages)
+
+
+def gpu_outer_tiles(itemsize: int) -> GpuOuterTiles:
+    """Returns the tiles of weight gradients of rows of `itemsize` bytes per number."""
+    if target().platform == "cpu":
+        return GpuOuterTiles(16, 32, 32, num_warps=4, num_stages=1)
+    if itemsize == 4:
+        return GpuOuterTiles(32, 64, 64, num_warps=4, num_stages=3)
+    step_bytes = 2 * 64 * (128 + 256)
+    return GpuOuterTiles(64, 128, 256, num_warps=8, num_stages=min(card().shared_bytes // step_bytes, 4))
