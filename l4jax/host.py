@@ -1,6 +1,7 @@
 """What we ask of the machine below jax, and of the machines beside it."""
 
 import ctypes
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -68,9 +69,15 @@ def is_remote(path: Any) -> bool:
 
 
 def open_path(text: str) -> Any:
-    """Returns a `Path`, or for `gs://...` an object with the same methods. A plain Path would swallow a slash."""
+    """Returns a `Path`, or for `gs://...` an object with the same methods. A plain Path would swallow a slash.
+
+    Raises:
+        ModuleNotFoundError: nothing here can read buckets.
+    """
     if not is_remote(text):
         return Path(text)
+    if text.startswith("gs:") and importlib.util.find_spec("gcsfs") is None:
+        raise ModuleNotFoundError(f"{text} needs gcsfs, which is missing; pip install 'l4jax[gcs]'")
     from etils import epath
 
     return epath.Path(text)

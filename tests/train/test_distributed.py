@@ -1,5 +1,6 @@
 """Two real processes, joined by `jax.distributed`, train as one process with all their devices does."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from l4jax.host import PROCESS, start_distributed
+from l4jax.host import PROCESS, open_path, start_distributed
 from l4jax.sharding import batch_part, make_mesh
+from l4jax.topology import topology_devices
 from l4jax.train import loop
 from l4jax.train.config import load_run_config
 from l4jax.train.data import RunData
@@ -128,5 +130,27 @@ def test_a_process_alone_is_not_distributed():
     assert not jax.distributed.is_initialized()
 
 
+def test_a_bucket_needs_its_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"gs://bucket/run needs gcsfs, .* 'l4jax\[gcs\]'"):
+        open_path("gs://bucket/run")
+
+
 def test_one_process_feeds_all_rows():
     assert batch_part(make_mesh(fsdp=2, expert=2), rows=8) == (0, 1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("topology", "slices", "sizes", "rows", "parts"),
+    [
+        ("v5e:4x4", 1, {"fsdp": 16}, 16, 4),  # four hosts of four chips
+        ("v5e:4x4", 1, {"fsdp": 4, "tensor": 4}, 8, 2),  # the tensor axis lies on two hosts, which feed the same rows
+        ("v5e:4x4", 1, {"tensor": 16}, 8, 1),
+        ("v5p:4x4x4", 1, {"fsdp": 2, "expert": 16, "context": 2}, 32, 16),
+        ("v5p:4x4x4", 4, {"data": 4, "fsdp": 4, "expert": 16}, 256, 64),
+    ],
+)
+def test_hosts_of_a_slice_feed_the_rows_that_their_chips_hold(topology, slices, sizes, rows, parts):
+    mesh = make_mesh(topology_devices(topology, slices), **sizes)
+    assert batch_part(mesh, rows) == (0, parts)

@@ -1,9 +1,9 @@
 import math
 
 import fsspec
+from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from l4jax.host import open_path
 from l4jax.train.metrics import MetricsFile, load_imbalance, read_metrics
 
 
@@ -35,8 +35,9 @@ def test_imbalance_is_that_of_the_worst_layer():
 
 
 def test_a_bucket_has_the_lines_up_to_the_last_checkpoint():
-    fsspec.register_implementation("gs", MemoryFileSystem, clobber=True)
-    path = open_path("gs://bucket/run/metrics.jsonl")
+    for protocol in ("gs", "gcs"):
+        fsspec.register_implementation(protocol, MemoryFileSystem, clobber=True)
+    path = epath.Path("gs://bucket/run/metrics.jsonl")
     with MetricsFile(path) as metrics:
         metrics.write(10, loss=2.0)
         assert read_metrics(path) == []
