@@ -229,18 +229,44 @@ def named_sharding(mesh: Mesh | AbstractMesh, logical_axes: LogicalAxes, shape: 
     return NamedSharding(mesh, spec(logical_axes, shape, dict(mesh.shape)))
 
 
-def place(tree: Any, mesh: Mesh, logical_axes: Mapping[str, LogicalAxes]) -> Any:
+def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Returns which part of the rows of a batch this process feeds, and how many parts there are.
+
+    Processes whose devices hold the same rows (a tensor axis across them, for example) feed the same part.
+
+    Raises:
+        ValueError: a process has no device on the mesh, or some hold more rows than others.
+    """
+    held: dict[int, set[tuple[int, int]]] = {}
+    for device, (part,) in named_sharding(mesh, ("batch",), (rows,)).devices_indices_map((rows,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(rows)[:2])
+    if len(held) < jax.process_count():
+        raise ValueError(
+            f"mesh {describe(mesh.shape)} has devices of {len(held)} of {jax.process_count()} processes; on several "
+            f"hosts a mesh takes all {jax.device_count()} devices"
+        )
+    parts = sorted({tuple(sorted(ranges)) for ranges in held.values()})
+    if {sum(stop - start for start, stop in part) * len(parts) for part in parts} != {rows}:
+        raise ValueError(
+            f"mesh {describe(mesh.shape)} gives {len(held)} processes unequal or overlapping parts of {rows} rows; "
+            "choose data x fsdp x expert so that it divides, or is a multiple of, the devices of a process"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def place(tree: Any, mesh: Mesh, logical_axes: Mapping[str, LogicalAxes], parts: int = 1) -> Any:
     """Returns a dict of host arrays as arrays on the mesh; every process gives its own part of the first dimension.
 
     Args:
         tree: name -> numpy array, or None.
         logical_axes: name -> axes of its dimensions.
+        parts: that make up the first dimension: `batch_part`.
     """
 
     def put(name: str, value: np.ndarray | None) -> jax.Array | None:
         if value is None:
             return None
-        whole = (value.shape[0] * jax.process_count(), *value.shape[1:])
+        whole = (value.shape[0] * parts, *value.shape[1:])
         sharding = named_sharding(mesh, logical_axes[name], whole)
         return jax.make_array_from_process_local_data(sharding, value, whole)
 

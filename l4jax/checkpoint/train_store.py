@@ -17,18 +17,24 @@ import jax
 import orbax.checkpoint as ocp
 
 from l4jax.checkpoint.manifest import MANIFEST, check_sizes, read_manifest, write_manifest
+from l4jax.host import is_remote
 
 
 class TrainStore:
     """Numbered checkpoints in a directory, the newest `keep` and the best of them.
 
+    Several processes save together, each its own part; all of them must see the directory, and make the same calls.
+
     Args:
+        directory: on disk, or in a bucket (`open_path("gs://...")`), where there is no manifest: what was stored is
+            guarded by the checksums of the bucket.
         keep: how many of the newest to keep; None keeps all.
         best_metric: name of a number in the `metrics` of `save`; the checkpoint with the smallest is never deleted.
     """
 
     def __init__(self, directory: str | Path, *, keep: int | None = 2, best_metric: str | None = None):
-        self.directory = Path(directory).absolute()
+        self.directory = directory if is_remote(directory) else Path(directory).absolute()
+        self._seals = jax.process_index() == 0 and not is_remote(directory)
         policies = [] if keep is None else [ocp.checkpoint_managers.LatestN(keep)]
         if best_metric and policies:
             best = ocp.checkpoint_managers.BestN(
@@ -67,7 +73,7 @@ class TrainStore:
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
         self.wait()
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
-        if jax.process_count() == 1:
+        if self._seals:
             finished = threading.Event()
             self._pending = finished, self._sealer.submit(_seal, self.directory / str(step), finished)
 
@@ -91,7 +97,7 @@ class TrainStore:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; {found}")
         self.wait()
         folder = self.directory / str(step)
-        if (folder / MANIFEST).is_file():  # a kill can come between the save and its manifest
+        if not is_remote(folder) and (folder / MANIFEST).is_file():  # a kill can come between the save and its manifest
             check_sizes(folder, read_manifest(folder))
         items = {"state": ocp.args.StandardRestore(abstract_state), "extra": ocp.args.JsonRestore()}
         if data_iterator is not None:
@@ -148,6 +154,9 @@ def _seal(folder: Path, finished: threading.Event) -> None:
 class Interruption:
     """Notes SIGTERM and Ctrl-C instead of dying of them. A second signal ends the program as usual.
 
+    Of several processes any one may get the signal, and all must stop at the same step. jax agrees on it: its own
+    handler of SIGTERM, set by `jax.distributed.initialize`, stays, and Ctrl-C is passed on to it.
+
     with Interruption() as stop:
         for step in ...:
             ...
@@ -160,6 +169,9 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
+        if jax.process_count() > 1:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -176,6 +188,6 @@ class Interruption:
 
     def requested(self, store: TrainStore, step: int) -> bool:
         """Whether to save and leave now. On many hosts all of them get the same answer at the same step."""
-        if jax.process_count() > 1:
-            return store._manager.reached_preemption(step)
+        if jax.process_count() > 1 and store._manager.reached_preemption(step):
+            self.signal = signal.SIGTERM
         return self.signal is not None

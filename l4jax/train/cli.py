@@ -4,14 +4,16 @@ import argparse
 import signal
 from pathlib import Path
 
-from l4jax.host import keep_freed_memory
+from l4jax.host import is_remote, keep_freed_memory, open_path, start_distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of settings, for example configs/demo.yaml")
     add_run_arguments(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where checkpoints and metrics go (default: runs/ and the file's name)"
+        "--out",
+        metavar="DIR",
+        help="where checkpoints and metrics go, a directory or gs://... (default: runs/ and the file's name)",
     )
 
 
@@ -30,14 +32,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
+    start_distributed()
+    import jax
+
     from l4jax.train.config import load_run_config
     from l4jax.train.data import RunData
-    from l4jax.train.loop import train
+    from l4jax.train.loop import data_shard, train
 
     config = load_run_config(args.config, args.settings)
-    out = args.out or Path("runs") / args.config.stem
-    data = RunData(config, out / "data")
-    trained = train(config, data.training_batches(), out, resume=args.resume)
+    local = Path("runs") / args.config.stem
+    out = open_path(args.out) if args.out else local
+    name = "data" if jax.process_count() == 1 else f"data-{jax.process_index()}"  # no two build the same files
+    data = RunData(config, (local if is_remote(out) else out) / name)
+    trained = train(config, data.training_batches(data_shard(config)), out, resume=args.resume)
+    if jax.process_index() > 0:
+        return 0 if trained.interrupted_by is None else 128 + trained.interrupted_by
     if trained.interrupted_by is not None:
         return interrupted(trained.interrupted_by, trained.steps)
     print(f"{trained.steps:,} steps; checkpoints and metrics are in {out}")

@@ -43,14 +43,20 @@ class RunData:
         self._builder = build_scenes(directory, splits=splits, tile_size=tile_size, seed=self.seed)
         self._eval = SceneSource(self._builder, "eval")
 
-    def training_batches(self) -> grain.IterDataset:
-        """Returns endless batches: first the easy scenes, then all kinds, shuffled anew in every pass."""
+    def training_batches(self, shard: tuple[int, int] = (0, 1)) -> grain.IterDataset:
+        """Returns endless batches: first the easy scenes, then all kinds, shuffled anew in every pass.
+
+        `shard` is the number of this part of the rows, and how many parts are fed by processes that train together.
+        """
+        index, count = shard
+        if self.config.rows % count:
+            raise ValueError(f"data.rows={self.config.rows} is not divisible by {count} processes that train together")
         order = [self._shuffled("train", seed=2 * self.seed).repeat(MANY_PASSES)]
         if self.config.warm_up_scenes:
             order.insert(0, self._shuffled("warm_up", seed=2 * self.seed + 1))
         examples = conversations(grain.MapDataset.concatenate(order), self._ask, make_processor(self.model))
-        config = self.config
-        return batches(examples, rows=config.rows, row_tokens=config.row_tokens, row_tiles=config.row_tiles)
+        config, examples = self.config, examples[index::count]
+        return batches(examples, rows=config.rows // count, row_tokens=config.row_tokens, row_tiles=config.row_tiles)
 
     def eval_scene(self, index: int) -> tuple[Image.Image, str]:
         """Returns a scene of digits that training never saw: the picture as this run shows it, and its digits."""

@@ -3,9 +3,11 @@
 A run lives in one directory: `config.yaml` as resolved, `metrics.jsonl`, `checkpoints/<step>/` with parameters,
 optimizer, balancing bias and the position in the data. It can be stopped at any step by Ctrl-C or SIGTERM and goes on
 bit for bit.
+
+On several hosts every process runs this same loop on its own part of the rows; process 0 alone writes and shows.
 """
 
-import shutil
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,15 @@ import grain
 import jax
 import numpy as np
 import yaml
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 
 from l4jax.checkpoint.train_store import Interruption, TrainStore
-from l4jax.sharding import check_mesh, make_mesh, parse_sizes, place
+from l4jax.host import DISTRIBUTED
+from l4jax.sharding import batch_part, check_mesh, make_mesh, parse_sizes, place
 from l4jax.train.config import RunConfig, run_config_to_dict
 from l4jax.train.metrics import MetricsFile, load_imbalance
 from l4jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -49,6 +55,24 @@ class Trained:
         return nnx.merge(self.graphdef, self.state.params)
 
 
+def run_mesh(config: RunConfig) -> Mesh:
+    """Returns the mesh of a run.
+
+    Raises:
+        ValueError: the model or its batches cannot be spread over it, or the processes were not joined.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(f"{jax.process_count()} hosts share these devices; set {DISTRIBUTED}=auto on each of them")
+    sizes = parse_sizes(config.parallel.mesh)
+    check_mesh(config.model, sizes, rows=config.data.rows, length=config.data.row_tokens)
+    return make_mesh(**sizes)
+
+
+def data_shard(config: RunConfig) -> tuple[int, int]:
+    """Returns which part of the rows of every batch this process makes, and of how many: `RunData.training_batches`."""
+    return batch_part(run_mesh(config), config.data.rows)
+
+
 def train(
     config: RunConfig,
     data: grain.IterDataset,
@@ -61,8 +85,8 @@ def train(
 
     Args:
         config: the run.
-        data: batches (`l4jax/data/pipeline.py`), endless or long enough.
-        run_dir: made if missing.
+        data: batches (`l4jax/data/pipeline.py`), endless or long enough: the part of this process, `data_shard`.
+        run_dir: made if missing; several processes must all see it.
         resume: `auto` goes on from the newest checkpoint if there is one, `must` insists on one, `never` deletes what
             is there and starts anew.
         console: where progress is shown; standard output by default.
@@ -71,12 +95,14 @@ def train(
         FileNotFoundError: `must`, and there is no checkpoint.
         ValueError: the directory holds a run with other settings, or the loss is no longer a number.
     """
-    if resume == "never":
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    parallel = config.parallel
-    sizes = parse_sizes(parallel.mesh)
-    check_mesh(config.model, sizes, rows=config.data.rows, length=config.data.row_tokens)
-    mesh = make_mesh(**sizes)
+    parallel, mesh = config.parallel, run_mesh(config)
+    _, parts = batch_part(mesh, config.data.rows)
+    writes = jax.process_index() == 0
+    if resume == "never" and writes:
+        epath.Path(run_dir / "checkpoints").rmtree(missing_ok=True)
+    _wait_for_all("l4jax: old checkpoints are gone")
+    if not writes:
+        console = Console(quiet=True)
     with TrainStore(run_dir / "checkpoints") as store, Interruption() as stop, jax.set_mesh(mesh):
         if store.latest_step() is not None:
             _check_settings(run_dir / "config.yaml", config)
@@ -88,24 +114,33 @@ def train(
         batches, step = iter(data), 0
         if resume == "must" or store.latest_step() is not None:
             state, step, _ = store.restore(jax.tree.map(_abstract, state), batches)
-        _write_settings(run_dir / "config.yaml", config)
+        if writes:
+            _write_settings(run_dir / "config.yaml", config)
+        _wait_for_all("l4jax: settings are written")
+        if not (run_dir / "config.yaml").exists():
+            raise ValueError(
+                f"{run_dir} is not shared by all hosts; choose a bucket (gs://...) or a shared disk for --out"
+            )
 
-        metrics_file = MetricsFile(run_dir / "metrics.jsonl", from_step=step)
+        metrics_file = MetricsFile(run_dir / "metrics.jsonl", step) if writes else contextlib.nullcontext()
         with TrainingProgress(config.steps, step, console) as progress, metrics_file:
             window = _Window()
             while step < config.steps and not stop.requested(store, step):
                 batch = next(batches)
-                state, numbers = train_step(state, place(batch, mesh, BATCH_AXES))
+                state, numbers = train_step(state, place(batch, mesh, BATCH_AXES, parts))
                 step += 1
                 # The step runs on while the host reads the numbers of the one before and makes the next batch.
-                window.add(numbers, num_tokens=int((batch["segment_ids"] > 0).sum()))
+                window.add(numbers)
                 progress.advance(step, window.last_loss, window.tokens_per_second)
                 if step % config.log_every == 0 or step == config.steps:
                     values = window.close()
                     _check_finite(values["loss"], step)
-                    metrics_file.write(step, learning_rate=float(learning_rate(step - 1)), **values)
+                    if writes:
+                        metrics_file.write(step, learning_rate=float(learning_rate(step - 1)), **values)
                 if step % config.save_every == 0 or step == config.steps:
                     store.save(step, state, batches)
+                    if writes:
+                        metrics_file.publish()
             if stop.signal is not None and store.latest_step() != step:
                 store.save(step, state, batches)
     return Trained(graphdef, state, step, stop.signal)
@@ -123,16 +158,16 @@ class _Window:
         self._read: list[dict[str, np.ndarray]] = []
         self._tokens, self._started = 0, time.perf_counter()
 
-    def add(self, numbers: dict[str, jax.Array], num_tokens: int) -> None:
+    def add(self, numbers: dict[str, jax.Array]) -> None:
         self._read_running()
         self._running = numbers
-        self._tokens += num_tokens
 
     def _read_running(self) -> None:
         if self._running is not None:
             numbers = jax.device_get(self._running)
             self._running = None
             self._read.append(numbers)
+            self._tokens += int(numbers["tokens"])
             self.last_loss = float(numbers["loss"])
             self.tokens_per_second = self._tokens / (time.perf_counter() - self._started)
 
@@ -175,6 +210,11 @@ def _differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
         elif before != now and prefix + key not in FREE_TO_CHANGE:
             names.append(f"{prefix}{key}: {before} there, {now} here")
     return names
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _write_settings(path: Path, config: RunConfig) -> None:

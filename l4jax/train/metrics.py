@@ -1,25 +1,39 @@
 """Numbers of a run: one JSON object a line in `metrics.jsonl`, read back for curves."""
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from l4jax.host import is_remote
+
 
 class MetricsFile:
-    """Appends lines to `metrics.jsonl`; lines after `from_step` of an earlier, interrupted run are dropped."""
+    """Appends lines to `metrics.jsonl`; lines after `from_step` of an earlier, interrupted run are dropped.
+
+    In a bucket nothing can be appended: there, `publish` writes all lines anew. Called with every checkpoint, it loses
+    none that the next run would not write again.
+    """
 
     def __init__(self, path: Path, from_step: int = 0):
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= from_step] if from_step else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
+        self._remote = is_remote(path)
+        if not self._remote:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = io.StringIO() if self._remote else path.open("w")
         for line in kept:
             self._write(line)
 
     def write(self, step: int, **values: Any) -> None:
-        """Appends one line; the file is complete up to it when this returns."""
+        """Appends one line; a file that is not in a bucket is complete up to it when this returns."""
         self._write({"step": step, **values})
+
+    def publish(self) -> None:
+        """Makes a file in a bucket complete."""
+        if self._remote:
+            self.path.write_text(self._file.getvalue())
 
     def _write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -29,6 +43,7 @@ class MetricsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.publish()
         self._file.close()
 
 

@@ -90,6 +90,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         router_bias = update_router_bias(state.router_bias, metrics["router_load"], router_bias_rate)
         metrics |= {"grad_norm": optax.tree.norm(grads), "answer_tokens": num_tokens}
+        metrics["tokens"] = (batch["segment_ids"] > 0).sum()
         return TrainState(params, opt_state, state.step + 1, router_bias), metrics
 
     def to_device(opt_state):
@@ -97,4 +98,5 @@ def make_train_step(
             lambda x, place: jax.device_put(x, place.with_memory_kind("device")), opt_state, shardings.opt_state
         )
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    everywhere = shardings.step  # so that every process can read the numbers
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))

@@ -1,5 +1,9 @@
 import math
 
+import fsspec
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
 from l4jax.train.metrics import MetricsFile, load_imbalance, read_metrics
 
 
@@ -28,3 +32,18 @@ def test_a_line_cut_short_is_left_out(tmp_path):
 def test_imbalance_is_that_of_the_worst_layer():
     assert load_imbalance([[5, 5], [9, 1]]) == 1.8
     assert math.isnan(load_imbalance([]))
+
+
+def test_a_bucket_has_the_lines_up_to_the_last_checkpoint():
+    for protocol in ("gs", "gcs"):
+        fsspec.register_implementation(protocol, MemoryFileSystem, clobber=True)
+    path = epath.Path("gs://bucket/run/metrics.jsonl")
+    with MetricsFile(path) as metrics:
+        metrics.write(10, loss=2.0)
+        assert read_metrics(path) == []
+        metrics.publish()
+        metrics.write(20, loss=1.0)
+        assert read_metrics(path) == [{"step": 10, "loss": 2.0}]
+    with MetricsFile(path, from_step=10) as metrics:
+        metrics.write(20, loss=1.5)
+    assert read_metrics(path) == [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.5}]
