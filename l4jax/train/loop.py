@@ -5,6 +5,8 @@ optimizer, balancing bias and the position in the data. It can be stopped at any
 bit for bit.
 """
 
+import contextlib
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -29,8 +31,11 @@ from l4jax.train.step import make_train_step
 
 Resume = Literal["auto", "never", "must"]
 
-# Settings that may differ when a run goes on: they change what is written, not what is computed.
-FREE_TO_CHANGE = ("log_every", "save_every")
+# Settings that may differ when a run goes on: they change what is written or how fast, or what is read from there on.
+# A whole source may come or go, and its weight change; its path may not.
+FREE_TO_CHANGE = re.compile(
+    r"log_every|save_every|data\.(num_workers|skip_malformed|long_documents)|data\.sources\.[^.]+(\.weight)?"
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,12 @@ def train(
     if resume == "never":
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     mesh = make_mesh()
-    with TrainStore(run_dir / "checkpoints") as store, Interruption() as stop, jax.set_mesh(mesh):
+    with (
+        TrainStore(run_dir / "checkpoints") as store,
+        Interruption() as stop,
+        jax.set_mesh(mesh),
+        contextlib.closing(iter(data)) as batches,
+    ):
         if store.latest_step() is not None:
             _check_settings(run_dir / "config.yaml", config)
         optimizer = make_optimizer(config.optimizer, config.steps)
@@ -82,7 +92,7 @@ def train(
         graphdef, state = init_state(config.model, optimizer, config.seed, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         train_step = make_train_step(graphdef, optimizer, config, shardings)
-        batches, step = iter(data), 0
+        step = 0
         if resume == "must" or store.latest_step() is not None:
             state, step, _ = store.restore(jax.tree.map(_abstract, state), batches)
         _write_settings(run_dir / "config.yaml", config)
@@ -169,7 +179,7 @@ def _differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
         before, now = saved.get(key), wanted.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             names += _differences(before, now, f"{prefix}{key}.")
-        elif before != now and prefix + key not in FREE_TO_CHANGE:
+        elif before != now and not FREE_TO_CHANGE.fullmatch(prefix + key):
             names.append(f"{prefix}{key}: {before} there, {now} here")
     return names
 

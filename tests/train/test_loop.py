@@ -20,9 +20,9 @@ TINY = [
         "steps=8",
         "log_every=2",
         "save_every=100",
-        "data.train_scenes=24",
-        "data.eval_scenes=4",
-        "data.warm_up_scenes=6",
+        "data.sources.scenes.digits.train_scenes=24",
+        "data.sources.scenes.digits.eval_scenes=4",
+        "data.sources.scenes.digits.warm_up_scenes=6",
     ),
     *(
         "data.rows=2",
