@@ -129,7 +129,7 @@ class JsonlSource:
         where = f"{self._path}:{number}"
         if end - start > MAX_LINE_BYTES:
             raise DocumentError(
-                f"{where}: the line has {end - start:,} bytes; more than {MAX_LINE_BYTES:,} is no document"
+                f"{where}: a line of {end - start:,} bytes, more than {MAX_LINE_BYTES:,}, is no document"
             )
         # pread moves no common file position, so threads do not disturb each other.
         return parse_line(os.pread(self._file, end - start, start), where, self._pictures)

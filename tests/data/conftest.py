@@ -65,7 +65,7 @@ def many_documents(write_jsonl, write_picture):
             documents.append({"content": [words, picture, {"type": "image", "path": wide}, words], "lang": "de"})
         elif kind == 2:
             question = [{"type": "image", "path": wide}, {"type": "text", "text": "?"}]
-            answer = {"role": "assistant", "content": text[:24]}
+            answer = {"role": "assistant", "content": [{"type": "text", "text": text[:24]}]}
             documents.append({"messages": [{"role": "user", "content": question}, answer], "capability": "vqa"})
         else:
             video = {"type": "video", "frames": [small, small], "fps": 2}
