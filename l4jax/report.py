@@ -137,7 +137,28 @@ def curve(xs: Sequence[float], ys: Sequence[float], caption: str, *, low: float 
         parts.append(f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="middle">{short(tick)}</text>')
     points = " ".join(place(x, y) for x, y in zip(xs, ys, strict=True))
     parts.append(f'<polyline points="{points}" fill="none" stroke="{ACCENT}" stroke-width="1.6"/>')
-    return _figure(WIDTH, HEIGHT, parts, caption)
+    return figure(WIDTH, HEIGHT, parts, caption)
+
+
+def bars(counts: Sequence[tuple[str, int]], caption: str) -> str:
+    """Returns a histogram as a figure: a bar for each `(name, count)`, the count above it."""
+    most = max((count for _, count in counts), default=0) or 1
+    wide = (WIDTH - 2 * RIGHT) / max(len(counts), 1)
+    parts = []
+    for i, (name, count) in enumerate(counts):
+        tall = (HEIGHT - TOP - 16 - BOTTOM) * count / most
+        x, y, middle = RIGHT + i * wide, HEIGHT - BOTTOM - tall, RIGHT + (i + 0.5) * wide
+        parts.append(
+            f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{max(wide - 2, 1):.1f}" height="{tall:.1f}" fill="{ACCENT}">'
+            f"<title>{escape(name)}: {count:,}</title></rect>"
+            f'<text x="{middle:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{escape(name)}</text>'
+        )
+        if count:
+            parts.append(f'<text x="{middle:.1f}" y="{y - 5:.1f}" text-anchor="middle">{short(count)}</text>')
+    parts.append(
+        f'<line x1="{RIGHT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}" stroke="{GRID}"/>'
+    )
+    return figure(WIDTH, HEIGHT, parts, caption)
 
 
 def short(number: float) -> str:
@@ -147,7 +168,8 @@ def short(number: float) -> str:
     return f"{number:.6g}"
 
 
-def _figure(width: float, height: float, parts: Sequence[str], caption: str) -> str:
+def figure(width: float, height: float, parts: Sequence[str], caption: str) -> str:
+    """Returns SVG elements as a figure that is as wide as its column."""
     drawing = (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(caption)}">{"".join(parts)}</svg>'
     )
@@ -194,7 +216,7 @@ def _load_figure(steps: Sequence[int], share: np.ndarray, caption: str) -> str:
     for tick in nice_ticks(steps[0], steps[-1], 5):
         x = LEFT + (tick - steps[0]) / max(steps[-1] - steps[0], 1) * (WIDTH - LEFT - RIGHT)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(tick)}</text>')
-    return _figure(WIDTH, HEIGHT, parts, caption)
+    return figure(WIDTH, HEIGHT, parts, caption)
 
 
 def load_colour(share: float) -> str:
@@ -256,4 +278,4 @@ def token_strip(kinds: Sequence[str], chunk_size: int, colours: dict[str, str]) 
         parts.append(f'<text x="{x + 17}" y="{lines * 26 + 20}">{escape(kind)}</text>')
         x += 40 + 6.4 * len(kind)
     caption = f"{len(kinds)} tokens; a line marks the edge of a chunk of {chunk_size}"
-    return _figure(per_line * cell, lines * 26 + 28, parts, caption)
+    return figure(per_line * cell, lines * 26 + 28, parts, caption)

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ def write_tfds(documents: Iterable[Document], directory: Path, split: str = "tra
         raise FileExistsError(f"{directory} holds a TFDS data set already; choose another directory")
     tfds.disable_progress_bar()
     builder = Documents(documents=documents, split=split, data_dir=directory)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
-        builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as nothing:
+        builder.download_and_prepare(download_dir=nothing)  # TFDS announces a download, and there is none
     return Path(builder.data_dir)
 
 
