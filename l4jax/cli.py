@@ -55,6 +55,11 @@ VERBS = {
         'l4jax generate -m scout -p "The capital of France is" -n 16 --temperature 0',
     ),
     "chat": Verb("l4jax.inference.cli_chat", "talk with a model, about pictures too", "l4jax chat -m scout"),
+    "plan": Verb(
+        "l4jax.plan",
+        "does it fit on these devices, what does it cost, what binds; compiled without having them",
+        "l4jax plan -m scout --topology v5p:4x4x4 --mesh fsdp=4,expert=16 --mode train --batch 64 --length 4096",
+    ),
     "doctor": Verb(
         "l4jax.doctor", "versions, devices, memory, what is missing and the line that installs it", "l4jax doctor"
     ),

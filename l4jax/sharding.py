@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from l4jax.config import Llama4Config
+
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 LogicalAxes = Sequence[str | None]
@@ -60,8 +62,8 @@ TRAINING = Rules(
         "slots": ("context",),
     }
 )
-# Weights stay where they are, and what a token needs comes to it as partial sums. Caches are split like the batch; dense
-# layers are split over the expert axis instead, so they see the rows of all its devices ("dense_batch").
+# Weights stay where they are, and what a token needs comes to it as partial sums. Caches are split like the batch;
+# dense layers are split over the expert axis instead, so they see the rows of all its devices ("dense_batch").
 SERVING = Rules(
     {
         "batch": ("data", "fsdp", "expert"),
@@ -117,17 +119,47 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
         raise ValueError(f"mesh {describe(sizes)} needs {needed} devices, {where}{hint}")
     axis_types = (AxisType.Auto,) * len(shape)
     num_slices = len({getattr(device, "slice_index", 0) for device in found})
-    if num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=found[:needed])
     from jax.experimental import mesh_utils
 
+    if num_slices == 1:
+        laid_out = mesh_utils.create_device_mesh(shape, found[:needed], allow_split_physical_axes=True)
+        return Mesh(laid_out, MESH_AXES, axis_types=axis_types)
     if shape[0] % num_slices or needed != len(found):
         raise ValueError(
             f"mesh {describe(sizes)} does not lie on {num_slices} slices of {len(found) // num_slices} devices; use "
             f"every device, and a data axis that is a multiple of {num_slices}"
         )
     inner, across = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, across, found), MESH_AXES, axis_types=axis_types)
+    laid_out = mesh_utils.create_hybrid_device_mesh(inner, across, found, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=axis_types)
+
+
+def check_mesh(config: Llama4Config, sizes: Mapping[str, int], *, rows: int | None = None, length: int | None = None):
+    """Checks that a model, and a batch of `rows` of `length` tokens, can be spread over a mesh of these sizes.
+
+    Raises:
+        ValueError: one of them does not divide; the message says by what it would.
+    """
+    text, whole = config.text_config, {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+    def check(what: str, number: int, axis: str, size: int):
+        if number % size:
+            fitting = [str(n) for n in range(1, number + 1) if number % n == 0]
+            shown = ", ".join(fitting if len(fitting) < 13 else [*fitting[:12], "..."])
+            raise ValueError(f"{what}={number} is not divisible by {axis} of size {size}; choose one of {shown}")
+
+    if text.moe_layers:
+        check("num_local_experts", text.num_local_experts, "the expert axis", whole["expert"])
+    # A device needs whole key heads with all their query heads: rotary pairs and the QK norm belong together.
+    check("num_key_value_heads", text.num_key_value_heads, "the tensor axis", whole["tensor"])
+    if config.vision_config is not None:
+        check(
+            "vision num_attention_heads", config.vision_config.num_attention_heads, "the tensor axis", whole["tensor"]
+        )
+    if rows is not None:
+        check("rows", rows, "the axes data x fsdp x expert", whole["data"] * whole["fsdp"] * whole["expert"])
+    if length is not None and whole["context"] > 1:
+        check("row_tokens", length, "twice the context axis", 2 * whole["context"])
 
 
 def describe(sizes: Mapping[str, int]) -> str:

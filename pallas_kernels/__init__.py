@@ -4,7 +4,7 @@ Arrays in, arrays out; nothing here knows a mesh, a config or a checkpoint. Ever
 in `__init__.py`, its specification in `reference.py`, and one file per fast implementation. `dispatch.py` chooses.
 """
 
-from pallas_kernels.attention import attention, merge_partial_attention
+from pallas_kernels.attention import attention, attention_gradients, merge_partial_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.quantized import QuantizedArray, quantize
@@ -12,6 +12,7 @@ from pallas_kernels.quantized import QuantizedArray, quantize
 __all__ = [
     "QuantizedArray",
     "attention",
+    "attention_gradients",
     "decode_attention",
     "grouped_matmul",
     "grouped_swiglu",

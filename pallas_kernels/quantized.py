@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 DTYPES = (jnp.int8, jnp.int4, jnp.float8_e4m3fn)
@@ -48,14 +49,14 @@ class QuantizedArray:
         """The dtype in memory; `dequantize` takes the one to compute in."""
         return self.values.dtype
 
-    def dequantize(self, dtype: jnp.dtype) -> Array:
+    def dequantize(self, dtype: DTypeLike) -> Array:
         """Returns the array; products are made in float32 and rounded once, to `dtype`."""
         blocks = _in_blocks(self.values, self.scales.shape).astype(jnp.float32)
         return (blocks * _in_blocks(self.scales, self.scales.shape)).astype(dtype).reshape(self.shape)
 
 
 def quantize(
-    array: Float[Array, "..."], dtype: jnp.dtype, axis: int | tuple[int, ...], group_size: int | None = None
+    array: Float[Array, "..."], dtype: DTypeLike, axis: int | tuple[int, ...], group_size: int | None = None
 ) -> QuantizedArray:
     """Returns the array in `dtype`, each block scaled so that its largest magnitude takes the largest value.
 
@@ -69,7 +70,9 @@ def quantize(
         ValueError: no such dtype, or groups do not divide the axis.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"cannot quantize to {jnp.dtype(dtype)}; choose one of {', '.join(d.__name__ for d in DTYPES)}")
+        raise ValueError(
+            f"cannot quantize to {jnp.dtype(dtype)}; choose one of {', '.join(d.__name__ for d in DTYPES)}"
+        )
     axes = [a % array.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
     if group_size is not None and (len(axes) > 1 or array.shape[axes[0]] % group_size):
         raise ValueError(f"groups of {group_size} do not divide axis {axis} of an array of shape {array.shape}")

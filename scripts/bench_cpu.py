@@ -162,15 +162,13 @@ class L4jax:
         """Takes the weights over from the loaded model: training writes into them."""
         from flax import nnx
 
-        from l4jax.train.config import DataConfig, OptimizerConfig, RunConfig
+        from l4jax.train.config import OptimizerConfig, ParallelConfig
         from l4jax.train.optimizer import make_optimizer
         from l4jax.train.state import new_state, state_shardings
         from l4jax.train.step import make_train_step
 
         config, steps = self.config, 1000
         settings = OptimizerConfig(learning_rate=1e-5, warmup_steps=1)
-        data = DataConfig(train_scenes=0, eval_scenes=0, rows=1, row_tokens=1, row_tiles=0)
-        run = RunConfig(model=config, data=data, optimizer=settings, steps=steps)
         optimizer = make_optimizer(settings, steps)
         graphdef, params = nnx.split(self.loaded.model)
         self.loaded = None
@@ -180,7 +178,7 @@ class L4jax:
         )
         state = start(nnx.to_pure_dict(params))
         self.engines, self.decoding = {}, (None, None)
-        return make_train_step(graphdef, optimizer, run, shardings), state
+        return make_train_step(graphdef, optimizer, ParallelConfig(), 0.0, shardings), state
 
 
 class HuggingFace:

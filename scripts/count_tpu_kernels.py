@@ -1,14 +1,14 @@
 """Counts what the TPU compiler makes of our Pallas kernels and of jax's own, for chips that are not here.
 
     python scripts/count_tpu_kernels.py                            all cases for v6e
-    python scripts/count_tpu_kernels.py gmm-prefill megablox-prefill --chips v5e v6e tpu7x
+    python scripts/count_tpu_kernels.py gmm-prefill megablox-prefill --chips v5e v5p v6e tpu7x
 
 Each case is compiled alone, in a process of its own, with libtpu's dumps switched on. Printed per kernel: fast memory,
-spilled registers, and for each loop of the compiled kernel (first the grid's; a branch of it that multiplies counts as
-a loop of its own) its VLIW bundles, how often it runs for the case's inputs, and how full the matrix units are. A bundle
-is one cycle unless the core waits (for memory, or for a matrix unit that is still busy), so the total is a lower bound on
-cycles and no time; branches that do not multiply count as taken.
-Bytes are what the kernel's own schedule moves, from its index maps, beside the least possible.
+spilled registers, and for each loop (first the grid's; a branch of it that multiplies counts as a loop of its own) its
+VLIW bundles, how often it runs for the case's inputs, and how full the matrix units are. A bundle is one cycle unless
+the core waits, for memory or for a matrix unit that is still busy: the total is a lower bound on cycles, and no time.
+Branches that do not multiply count as taken. Where two cores share the work, bundles are those of one.
+Bytes are what the kernel's index maps make it move, beside every operand and result once.
 """
 
 import argparse
@@ -22,7 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.megablox import common as megablox_common
+
+from l4jax.topology import compile_ahead, one_chip
+from pallas_kernels.grouped_matmul import tiles, tpu
+from pallas_kernels.grouped_matmul.groups import Groups, local_groups
+from pallas_kernels.quantized import QuantizedArray
+
+# The package's attribute of that name is a function.
+megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
 
 class Case(NamedTuple):
@@ -53,202 +64,9 @@ class Part(NamedTuple):
     """Uses of each unit."""
 
 
-def routed_sizes(num_rows: int, num_groups: int):
-    """Returns group sizes of `num_rows` rows that choose their group at random."""
-    import numpy as np
-
-    return np.bincount(np.random.default_rng(0).integers(0, num_groups, num_rows), minlength=num_groups).astype(np.int32)
-
-
-def moved(block_bytes: int, *indices) -> int:
-    """Returns the bytes of a block that is fetched whenever its indices, arrays over the steps, change."""
-    import numpy as np
-
-    changes = np.stack(indices)[:, 1:] != np.stack(indices)[:, :-1]
-    return block_bytes * (1 + int(changes.any(0).sum()))
-
-
-def grouped_case(
-    num_rows: int, num_groups: int, shape=(5120, 8192), num_weights=1, bits=16, transposed=False
-) -> Callable[[], Case]:
-    """Rows times the weights of their groups: grouped_matmul, grouped_swiglu or the gradient to the rows of the first."""
-
-    def make() -> Case:
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-
-        from pallas_kernels.grouped_matmul import tiles, tpu
-        from pallas_kernels.grouped_matmul.groups import Groups, local_groups
-        from pallas_kernels.quantized import QuantizedArray
-
-        (depth, width), e = shape, num_groups
-        sizes = routed_sizes(num_rows, e)
-        rows = [jax.ShapeDtypeStruct((num_rows, depth), jnp.bfloat16)]
-        stored = (e, width, depth) if transposed else (e, depth, width)
-        weights = [jax.ShapeDtypeStruct(stored, {16: jnp.bfloat16, 8: jnp.int8, 4: jnp.int4}[bits])] * num_weights
-        if bits < 16:
-            scales = jax.ShapeDtypeStruct((e, 1, stored[2]), jnp.float32)
-            weights = [QuantizedArray(weight, scales) for weight in weights]
-        t = tpu.row_tiles_for(rows, weights, e, transposed, num_results=1)
-        num_cores = tiles.chip().num_cores
-        num_cols = -(-width // t.cols) // num_cores
-        ends = np.cumsum(sizes)
-        steps, num_steps = jax.tree.map(np.asarray, tpu.list_steps(Groups(ends - sizes, ends), num_rows, t.strip, num_cols))
-        steps = jax.tree.map(lambda table: table[:num_steps], steps)
-        top = steps.strip * t.strip
-        first = np.maximum((ends - sizes)[steps.group] - top, 0)
-        end = np.minimum(ends[steps.group] - top, t.strip)
-        num_small = np.where(end > first, -(-(end - first // 16 * 16) // t.small), 0)
-        trips = [num_steps, int((num_small // (t.big // t.small)).sum())]
-        if t.small < t.big:
-            trips.append(int((num_small % (t.big // t.small)).sum()))
-        weight_bytes = depth * width * bits // 8 * num_weights
-        row_bytes, result_bytes = num_rows * depth * 2, num_rows * width * 2
-        tile_bytes = depth * t.cols * bits // 8 * num_weights
-        bytes_moved = num_cores * (
-            moved(t.strip * depth * 2, steps.rows_strip) + moved(tile_bytes, steps.group, steps.weight_cols)
-        )
-        finish = tpu.swiglu if num_weights == 2 else tpu.itself
-
-        def function(rows, weights, sizes):
-            groups = local_groups(sizes, None, e)
-            return tpu.multiply(rows, weights, groups, e, finish, transposed)
-
-        return Case(
-            function,
-            [rows, weights, jax.ShapeDtypeStruct((e,), jnp.int32)],
-            trips,
-            bytes_moved + result_bytes,
-            row_bytes + result_bytes + int((sizes > 0).sum()) * weight_bytes,
-        )
-
-    return make
-
-
-def outer_case(num_rows: int, num_groups: int, shape=(5120, 8192)) -> Callable[[], Case]:
-    """Outer products of rows and gradients per group: the gradient to the weights."""
-
-    def make() -> Case:
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-
-        from pallas_kernels.grouped_matmul import tiles, tpu
-        from pallas_kernels.grouped_matmul.groups import Groups, local_groups
-
-        (depth, width), e = shape, num_groups
-        sizes = routed_sizes(num_rows, e)
-        t = tiles.outer_tiles(num_rows, e, depth, width, itemsize=2)
-        ends = np.cumsum(sizes)
-        steps, num_steps = jax.tree.map(np.asarray, tpu.list_outer_steps(Groups(ends - sizes, ends), num_rows, t.strip))
-        steps = jax.tree.map(lambda table: table[:num_steps], steps)
-        top = steps.strip * t.strip
-        first = np.maximum((ends - sizes)[steps.group] - top, 0)
-        end = np.minimum(ends[steps.group] - top, t.strip)
-        num_blocks = np.where(end > first, -(-(end - first // 16 * 16) // t.big), 0)
-        tall, wide = -(-depth // t.depth), -(-width // t.cols)
-        row_bytes = moved(t.strip * (t.depth + t.cols) * 2, steps.strip) * tall * wide
-        result_bytes = e * depth * width * 2
-
-        def function(rows, others, sizes):
-            return tpu.outer_products(rows, others, local_groups(sizes, None, e), e)
-
-        rows, others = (jax.ShapeDtypeStruct((num_rows, n), jnp.bfloat16) for n in shape)
-        return Case(
-            function,
-            [rows, others, jax.ShapeDtypeStruct((e,), jnp.int32)],
-            [tall * wide * int(num_steps), tall * wide * int(num_blocks.sum())],
-            row_bytes + result_bytes,
-            num_rows * (depth + width) * 2 + result_bytes,
-        )
-
-    return make
-
-
-def megablox_case(
-    num_rows: int, num_groups: int, tiling, shape=(5120, 8192), transposed=False, outer=False
-) -> Callable[[], Case]:
-    """jax's megablox, gmm or tgmm, on the same problem."""
-
-    def make() -> Case:
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-        from jax.experimental.pallas.ops.tpu.megablox import common
-
-        # The package's attribute of that name is a function.
-        backend = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
-        common.tpu_kind = lambda: "TPU v6"  # it asks the machine's own device, not the one compiled for
-        (depth, width), e, (rows_tile, depth_tile, width_tile) = shape, num_groups, tiling
-        sizes = routed_sizes(num_rows, e)
-        (_, group, strip), num_active = backend.make_group_metadata(
-            group_sizes=jnp.asarray(sizes), m=num_rows, tm=rows_tile, start_group=jnp.int32(0), num_nonzero_groups=e,
-            visit_empty_groups=outer,
-        )  # fmt: skip
-        group, strip = (np.asarray(table)[: int(num_active)] for table in (group, strip))
-        tall, wide = -(-depth // depth_tile), -(-width // width_tile)
-        rows, others = (jax.ShapeDtypeStruct((num_rows, n), jnp.bfloat16) for n in shape)
-        sizes_E = jax.ShapeDtypeStruct((e,), jnp.int32)
-        row_bytes, result_bytes, weight_bytes = num_rows * depth * 2, num_rows * width * 2, depth * width * 2
-        ideal = row_bytes + result_bytes + weight_bytes * int((sizes > 0).sum())
-        if outer:
-
-            def function(rows, others, sizes):
-                return backend.tgmm(rows.T, others, sizes, jnp.bfloat16, tiling)
-
-            tile_bytes = rows_tile * (depth_tile + width_tile) * 2
-            bytes_moved = moved(tile_bytes, strip) * tall * wide + e * weight_bytes
-            num_steps = tall * wide * len(group)
-            return Case(function, [rows, others, sizes_E], [num_steps, num_steps], bytes_moved, ideal)
-
-        def function(rows, weights, sizes):
-            return backend.gmm(rows, weights, sizes, jnp.bfloat16, tiling, transpose_rhs=transposed)
-
-        weights = jax.ShapeDtypeStruct((e, width, depth) if transposed else (e, depth, width), jnp.bfloat16)
-        n, visit, k = (index.ravel() for index in np.indices((wide, len(group), tall)))
-        bytes_moved = (
-            moved(rows_tile * depth_tile * 2, strip[visit], k)
-            + moved(depth_tile * width_tile * 2, group[visit], k, n)
-            + result_bytes
-        )
-        trips = [wide * len(group) * times for times in (tall, 1, tall - 1)]  # the grid, the last step along K, others
-        return Case(function, [rows, weights, sizes_E], trips, bytes_moved, ideal)
-
-    return make
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    "gmm-prefill": grouped_case(8192, 16),
-    "gmm-prefill-maverick": grouped_case(8192, 128),
-    "gmm-train": grouped_case(16384, 16),
-    "gmm-train-one-expert": grouped_case(16384, 1),
-    "gmm-decode": grouped_case(64, 16),
-    "gmm-decode-int8": grouped_case(64, 16, bits=8),
-    "gmm-decode-int4": grouped_case(64, 16, bits=4),
-    "gmm-int8-prefill": grouped_case(8192, 16, bits=8),
-    "gmm-down-prefill": grouped_case(8192, 16, shape=(8192, 5120)),
-    "gmm-rows-gradient": grouped_case(16384, 16, shape=(8192, 5120), transposed=True),
-    "swiglu-prefill": grouped_case(8192, 16, num_weights=2),
-    "gmm-weights-gradient": outer_case(16384, 16),
-    "gmm-weights-gradient-one-expert": outer_case(16384, 1),
-    "megablox-prefill": megablox_case(8192, 16, (512, 1024, 1024)),
-    "megablox-prefill-128": megablox_case(8192, 16, (128, 1024, 1024)),
-    "megablox-prefill-maverick": megablox_case(8192, 128, (128, 1024, 1024)),
-    "megablox-train": megablox_case(16384, 16, (512, 1024, 1024)),
-    "megablox-decode": megablox_case(64, 16, (64, 1024, 1024)),
-    "megablox-rows-gradient": megablox_case(16384, 16, (512, 1024, 1024), shape=(8192, 5120), transposed=True),
-    "megablox-weights-gradient": megablox_case(16384, 16, (512, 1024, 1024), outer=True),
-}
-
-
 def compile_case(name: str, chip: str) -> Case:
-    import jax
-
-    from l4jax.topology import compile_ahead, one_chip
-
     mesh = one_chip(chip)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tiles depend on the chip
         case = CASES[name]()
     compile_ahead(case.function, mesh, *case.arguments)
     return case
@@ -316,6 +134,173 @@ def report(case: Case, dumps: Path) -> None:
         print(f"    {total / 1e6:.3f} M bundles" if total else f"    the case lists {len(case.trips)} parts")
     gb = 1e9
     print(f"    {case.bytes_moved / gb:.3f} GB moved, {case.bytes_ideal / gb:.3f} GB at least", flush=True)
+
+
+def moved(block_bytes: int, *indices) -> int:
+    """Returns the bytes of a block that is fetched whenever its indices, arrays over the steps, change."""
+    changes = np.stack(indices)[:, 1:] != np.stack(indices)[:, :-1]
+    return block_bytes * (1 + int(changes.any(0).sum()))
+
+
+def routed_groups(num_rows: int, num_groups: int) -> Groups:
+    """Returns the groups of `num_rows` rows that choose theirs at random."""
+    choices = np.random.default_rng(0).integers(0, num_groups, num_rows)
+    end = np.cumsum(np.bincount(choices, minlength=num_groups)).astype(np.int32)
+    return Groups(np.concatenate([[0], end[:-1]]).astype(np.int32), end)
+
+
+def blocks_of_steps(groups: Groups, steps: tpu.Steps | tpu.OuterSteps, strip: int, block: int) -> np.ndarray:
+    """Returns how many blocks of rows each step computes."""
+    first = np.maximum(groups.start_e[steps.group] - steps.strip * strip, 0)
+    end = np.minimum(groups.end_e[steps.group] - steps.strip * strip, strip)
+    return np.where(end > first, -(-(end - tiles.round_down(first, tiles.ALIGNMENT)) // block), 0)
+
+
+def grouped_case(
+    num_rows: int, num_groups: int, shape=(5120, 8192), num_weights=1, bits=16, num_scales=1, transposed=False
+) -> Callable[[], Case]:
+    """grouped_matmul, grouped_swiglu (two weights), or the gradient of the first to its rows (transposed)."""
+
+    def make() -> Case:
+        (depth, width), e = shape, num_groups
+        groups = routed_groups(num_rows, e)
+        rows = [jax.ShapeDtypeStruct((num_rows, depth), jnp.bfloat16)]
+        stored = (e, width, depth) if transposed else (e, depth, width)
+        weights = [jax.ShapeDtypeStruct(stored, {16: jnp.bfloat16, 8: jnp.int8, 4: jnp.int4}[bits])] * num_weights
+        if bits < 16:
+            scales = jax.ShapeDtypeStruct((e, num_scales, stored[2]), jnp.float32)
+            weights = [QuantizedArray(weight, scales) for weight in weights]
+
+        t = tpu.row_tiles_for(rows, weights, e, transposed, num_results=1)
+        num_cores = tiles.chip().num_cores
+        num_cols = -(-width // t.cols) // num_cores
+        listed = tpu.list_steps(jax.tree.map(jnp.asarray, groups), num_rows, t.strip, num_cols)
+        steps, num_steps = jax.tree.map(np.asarray, listed)
+        steps = jax.tree.map(lambda table: table[:num_steps], steps)
+        num_small, big = blocks_of_steps(groups, steps, t.strip, t.small), t.big // t.small
+        trips = [num_steps, (num_small // big).sum(), *([(num_small % big).sum()] if big > 1 else [])]
+
+        matrix_bytes = depth * width * bits // 8 * num_weights
+        row_bytes, result_bytes = num_rows * depth * 2, num_rows * width * 2
+        bytes_moved = result_bytes + num_cores * (
+            moved(t.strip * depth * 2, steps.rows_strip)
+            + moved(matrix_bytes * t.cols // width, steps.group, steps.weight_cols)
+        )
+        bytes_ideal = row_bytes + result_bytes + (groups.end_e > groups.start_e).sum() * matrix_bytes
+        finish = tpu.swiglu if num_weights == 2 else tpu.itself
+
+        def function(rows, weights, sizes):
+            return tpu.multiply(rows, weights, local_groups(sizes, None, e), e, finish, transposed)
+
+        return Case(function, [rows, weights, jax.ShapeDtypeStruct((e,), "i")], trips, bytes_moved, bytes_ideal)
+
+    return make
+
+
+def outer_case(num_rows: int, num_groups: int, shape=(5120, 8192)) -> Callable[[], Case]:
+    """The gradient of grouped_matmul to its weights."""
+
+    def make() -> Case:
+        (depth, width), e = shape, num_groups
+        groups = routed_groups(num_rows, e)
+        t = tiles.outer_tiles(num_rows, e, depth, width, itemsize=2)
+        listed = tpu.list_outer_steps(jax.tree.map(jnp.asarray, groups), num_rows, t.strip)
+        steps, num_steps = jax.tree.map(np.asarray, listed)
+        steps = jax.tree.map(lambda table: table[:num_steps], steps)
+        num_blocks = blocks_of_steps(groups, steps, t.strip, t.big).sum()
+        num_tiles = -(-depth // t.depth) * -(-width // t.cols)
+        num_cores = tiles.chip().num_cores
+        result_bytes = e * depth * width * 2
+
+        def function(rows, others, sizes):
+            return tpu.outer_products(rows, others, local_groups(sizes, None, e), e)
+
+        rows, others = (jax.ShapeDtypeStruct((num_rows, n), jnp.bfloat16) for n in shape)
+        return Case(
+            function,
+            [rows, others, jax.ShapeDtypeStruct((e,), "i")],
+            [num_tiles * num_steps // num_cores, num_tiles * num_blocks // num_cores],
+            result_bytes + moved(t.strip * (t.depth + t.cols) * 2, steps.strip) * num_tiles,
+            result_bytes + num_rows * (depth + width) * 2,
+        )
+
+    return make
+
+
+def megablox_case(
+    num_rows: int, num_groups: int, tiling, shape=(5120, 8192), transposed=False, outer=False
+) -> Callable[[], Case]:
+    """jax's megablox on the same problem: gmm, or tgmm (outer)."""
+
+    def make() -> Case:
+        megablox_common.tpu_kind = lambda: "TPU v6"  # it asks the machine's own device, not the one compiled for
+        (depth, width), e, (rows_tile, depth_tile, width_tile) = shape, num_groups, tiling
+        groups = routed_groups(num_rows, e)
+        (_, group, strip), num_active = megablox.make_group_metadata(
+            group_sizes=jnp.asarray(groups.end_e - groups.start_e), m=num_rows, tm=rows_tile,
+            start_group=jnp.int32(0), num_nonzero_groups=e, visit_empty_groups=outer,
+        )  # fmt: skip
+        group, strip = (np.asarray(table)[: int(num_active)] for table in (group, strip))
+        tall, wide, num_cores = -(-depth // depth_tile), -(-width // width_tile), tiles.chip().num_cores
+        rows, others = (jax.ShapeDtypeStruct((num_rows, n), jnp.bfloat16) for n in shape)
+        weights = jax.ShapeDtypeStruct((e, width, depth) if transposed else (e, depth, width), jnp.bfloat16)
+        sizes_E = jax.ShapeDtypeStruct((e,), jnp.int32)
+        row_bytes, result_bytes, matrix_bytes = num_rows * depth * 2, num_rows * width * 2, depth * width * 2
+
+        if outer:
+
+            def function(rows, others, sizes):
+                return megablox.tgmm(rows.T, others, sizes, jnp.bfloat16, tiling)
+
+            bytes_moved = moved(rows_tile * (depth_tile + width_tile) * 2, strip) * tall * wide + e * matrix_bytes
+            num_steps = tall * wide * len(group) // num_cores
+            bytes_ideal = row_bytes + result_bytes + e * matrix_bytes
+            return Case(function, [rows, others, sizes_E], [num_steps, num_steps], bytes_moved, bytes_ideal)
+
+        def function(rows, weights, sizes):
+            return megablox.gmm(rows, weights, sizes, jnp.bfloat16, tiling, transpose_rhs=transposed)
+
+        n, visit, k = (index.ravel() for index in np.indices((wide, len(group), tall)))
+        bytes_moved = (
+            moved(rows_tile * depth_tile * 2, strip[visit], k)
+            + moved(depth_tile * width_tile * 2, group[visit], k, n)
+            + result_bytes
+        )
+        # The grid, and its two branches that multiply: the last step along the contracted axis, the others.
+        num_sums = wide * len(group) // num_cores
+        trips = [num_sums * tall, num_sums, *([num_sums * (tall - 1)] if tall > 1 else [])]
+        bytes_ideal = row_bytes + result_bytes + (groups.end_e > groups.start_e).sum() * matrix_bytes
+        return Case(function, [rows, weights, sizes_E], trips, bytes_moved, bytes_ideal)
+
+    return make
+
+
+# Scout: 16 experts of 5120 x 8192; Maverick: 128. megablox with the tiles that its users take, and with whole columns
+# of weights, which it then reads once.
+CASES: dict[str, Callable[[], Case]] = {
+    "gmm-prefill": grouped_case(8192, 16),
+    "megablox-prefill": megablox_case(8192, 16, (512, 1024, 1024)),
+    "megablox-prefill-128-rows": megablox_case(8192, 16, (128, 1024, 1024)),
+    "megablox-prefill-whole-columns": megablox_case(8192, 16, (128, 5120, 512)),
+    "swiglu-prefill": grouped_case(8192, 16, num_weights=2),
+    "gmm-prefill-int8": grouped_case(8192, 16, bits=8),
+    "gmm-prefill-int4-groups": grouped_case(8192, 16, bits=4, num_scales=40),
+    "gmm-prefill-maverick": grouped_case(8192, 128),
+    "megablox-prefill-maverick": megablox_case(8192, 128, (128, 1024, 1024)),
+    "gmm-decode": grouped_case(64, 16),
+    "megablox-decode": megablox_case(64, 16, (64, 1024, 1024)),
+    "gmm-decode-int8": grouped_case(64, 16, bits=8),
+    "gmm-decode-int4": grouped_case(64, 16, bits=4),
+    "gmm-decode-int4-groups": grouped_case(64, 16, bits=4, num_scales=40),
+    "gmm-training": grouped_case(16384, 16),
+    "megablox-training": megablox_case(16384, 16, (512, 1024, 1024)),
+    "gmm-training-one-expert": grouped_case(16384, 1),
+    "megablox-training-one-expert": megablox_case(16384, 1, (512, 1024, 1024)),
+    "gmm-rows-gradient": grouped_case(16384, 16, (8192, 5120), transposed=True),
+    "megablox-rows-gradient": megablox_case(16384, 16, (512, 1024, 1024), (8192, 5120), transposed=True),
+    "gmm-weights-gradient": outer_case(16384, 16),
+    "megablox-weights-gradient": megablox_case(16384, 16, (512, 1024, 1024), outer=True),
+}
 
 
 def main() -> None:

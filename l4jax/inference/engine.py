@@ -7,6 +7,7 @@ lengths. Weights are passed as arrays and read in place; caches are donated. The
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from l4jax.config import Llama4Config
@@ -174,6 +176,37 @@ class Engine:
                 order = np.argsort(~is_patch, axis=1, kind="stable")
                 features = self._features(tiles)[0, np.take_along_axis(index, order, axis=1)]
             return np.asarray(self._forward(self.params, padded, segment_ids, features))[:, :length]
+
+    # --- Without a device -------------------------------------------------------------------------------------------
+
+    def lower_prefill(self, piece: int) -> jax.stages.Lowered:
+        """Returns the reading of a piece of a prompt, to be compiled; the model may be abstract, its mesh elsewhere."""
+        with use_rules(SERVING):
+            cache = self._model(self.params).abstract_cache(1, self.max_len, self.mesh)
+            return self._prefill.lower(self.params, cache, self._abstract((1, piece)), self._abstract(()), None)
+
+    def lower_decode(self, batch_size: int) -> jax.stages.Lowered:
+        """Returns a step of decoding, likewise."""
+        rows = self._abstract((batch_size,))
+        options = RowOptions(
+            **{field.name: self._abstract((batch_size,), np.float32) for field in dataclasses.fields(RowOptions)}
+            | {"top_k": rows, "seed": self._abstract((batch_size,), np.uint32)}
+        )
+        with use_rules(SERVING):
+            state = DecodeState(
+                cache=self._model(self.params).abstract_cache(batch_size, self.max_len, self.mesh),
+                tokens=rows,
+                seen=self._abstract((batch_size, self.config.text_config.vocab_size), bool),
+                steps=rows,
+                options=options,
+            )
+            return self._decode.lower(self.params, state, self._abstract((batch_size,), bool), num_top=0)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(self.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    # --- Parts ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _devices(self) -> Iterator[None]:

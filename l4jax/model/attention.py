@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from l4jax import ops
@@ -42,7 +41,7 @@ class Tokens:
     aligned: bool = False
     """Whether position p is the p-th token of every row."""
     balanced: bool = False
-    """Whether rows that are split over devices lie in balanced order (`ops/attention.py`)."""
+    """Whether rows that are split over devices lie in balanced order (`ops/self_attention.py`)."""
 
     @classmethod
     def create(cls, config: TextConfig, positions, segment_ids, cached_lengths, **layout: bool) -> "Tokens":
@@ -94,7 +93,7 @@ class Attention(nnx.Module):
             q = (q.astype(jnp.float32) * tokens.temperature[:, :, None, None]).astype(q.dtype)
 
         if cache is None:
-            out = checkpoint_name(self._attend(q, k, v, tokens, tokens.segment_ids), "attention")
+            out = self._attend(q, k, v, tokens, tokens.segment_ids)
         elif x.shape[1] == 1:
             cache = cache.write(index, k, v, tokens.positions, tokens.valid, self.chunk_size)
             lengths = jnp.where(tokens.valid, tokens.positions + 1, 0)[:, 0]

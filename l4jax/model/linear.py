@@ -2,11 +2,14 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from l4jax import ops
 
 
 def param(rngs: nnx.Rngs, shape, axes: tuple[str | None, ...], dtype, *, fan_in: int) -> nnx.Param:
@@ -19,9 +22,28 @@ def constant(value: float, shape, axes: tuple[str | None, ...], dtype) -> nnx.Pa
     return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
+def einsum(equation: str, x: Float[Array, "..."], kernel: Any, dtype=None) -> Float[Array, "..."]:
     """`jnp.einsum` that accumulates in float32 and returns `dtype`, by default that of `x`.
+
+    Args:
+        kernel: an array, or a `QuantizedArray` with one scale for each output channel, which is a constant.
+    """
+    if not isinstance(kernel, ops.QuantizedArray):
+        return _einsum(equation, x, kernel, dtype)
+    y = jnp.einsum(equation, x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    scales = jnp.squeeze(kernel.scales, contracted_axes(equation, kernel.ndim))
+    return (y * scales).astype(dtype or x.dtype)
+
+
+def contracted_axes(equation: str, ndim: int) -> tuple[int, ...]:
+    """Returns the axes of a kernel, possibly stacked, over which an equation sums."""
+    kernel, output = equation.split(",")[1].split("->")
+    return tuple(ndim - len(kernel) + i for i, letter in enumerate(kernel) if letter not in output)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _einsum(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."], dtype) -> Float[Array, "..."]:
+    """The same for an array.
 
     Its gradients are einsums too, in the letters of the equation: jax would build the kernel's the other way round and
     transpose it, for which XLA:CPU copies the whole cotangent (three times slower for a large vocabulary).
@@ -30,7 +52,7 @@ def einsum(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."], d
 
 
 def _einsum_forward(equation, x, kernel, dtype):
-    return einsum(equation, x, kernel, dtype), (x, kernel)
+    return _einsum(equation, x, kernel, dtype), (x, kernel)
 
 
 def _einsum_backward(equation, dtype, operands, cotangent):
@@ -42,7 +64,7 @@ def _einsum_backward(equation, dtype, operands, cotangent):
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 class Linear(nnx.Module):
@@ -58,5 +80,5 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, bias_shape, bias_axes, dtype) if use_bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = einsum(self.equation, x, self.kernel[...])
+        y = einsum(self.equation, x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias[...]

@@ -11,9 +11,12 @@ A mode is a difference of inputs. Without a cache, rows may hold several packed 
 cache, each row continues one document: many tokens prefill, one token decodes.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from l4jax import ops
@@ -25,7 +28,7 @@ from l4jax.model.linear import Linear, einsum, param
 from l4jax.model.norm import RMSNorm
 from l4jax.model.stack import Layers, Stack
 from l4jax.model.vision import VisionModel
-from l4jax.sharding import constrain
+from l4jax.sharding import constrain, named_sharding
 
 # XLA:CPU copies the weights that a scan slices (a quarter of the time); beyond this depth compile time matters more.
 MAX_UNROLLED_LAYERS = 16
@@ -63,7 +66,7 @@ class Llama4(nnx.Module):
     def __init__(self, config: Llama4Config, *, rngs: nnx.Rngs, dtype=jnp.float32, scan_layers: bool | None = None):
         text, vision = config.text_config, config.vision_config
         if scan_layers is None:
-            scan_layers = jax.default_backend() != "cpu" or text.num_hidden_layers > MAX_UNROLLED_LAYERS
+            scan_layers = ops.platform() != "cpu" or text.num_hidden_layers > MAX_UNROLLED_LAYERS
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed_tokens = Embedding(text.vocab_size, text.hidden_size, rngs=rngs, dtype=dtype)
 
@@ -164,18 +167,32 @@ class Llama4(nnx.Module):
 
     def init_cache(self, batch_size: int, max_len: int, dtype=None) -> Cache:
         """Returns an empty cache for rows of at most `max_len` tokens."""
+
+        def empty(shape, axes):
+            return constrain(jnp.zeros(shape, dtype or self.dtype), *axes)
+
+        return self._make_cache(batch_size, max_len, empty, jnp.zeros(batch_size, jnp.int32))
+
+    def abstract_cache(self, batch_size: int, max_len: int, mesh: Mesh, dtype=None) -> Cache:
+        """Returns the shapes of such a cache and their places on a mesh."""
+
+        def abstract(shape, axes, dtype=dtype or self.dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, axes, shape))
+
+        return self._make_cache(batch_size, max_len, abstract, abstract((batch_size,), (None,), jnp.int32))
+
+    def _make_cache(self, batch_size: int, max_len: int, make: Callable, lengths) -> Cache:
         text, stack = self.config.text_config, self.layers
 
-        def empty(layer: int, num_layers: int) -> LayerCache:
+        def of_layer(layer: int, num_layers: int) -> LayerCache:
             chunk = text.attention_chunk_size if text.uses_rope(layer) else None
             num_slots = max_len if chunk is None else min(chunk, max_len)
             shape = (num_layers, batch_size, num_slots, text.num_key_value_heads, text.head_dim)
-            zeros = constrain(jnp.zeros(shape, dtype or self.dtype), *ops.slot_axes(chunk))
-            return LayerCache(zeros, zeros)
+            return LayerCache(make(shape, ops.slot_axes(chunk)), make(shape, ops.slot_axes(chunk)))
 
-        cycle = tuple(empty(p, stack.num_cycles) for p in range(len(stack.cycle)))
-        tail = tuple(empty(layer, 1) for layer in range(stack.num_cycles * len(cycle), text.num_hidden_layers))
-        return Cache(Layers(cycle, tail), jnp.zeros(batch_size, jnp.int32))
+        cycle = tuple(of_layer(p, stack.num_cycles) for p in range(len(stack.cycle)))
+        tail = tuple(of_layer(layer, 1) for layer in range(stack.num_cycles * len(cycle), text.num_hidden_layers))
+        return Cache(Layers(cycle, tail), lengths)
 
     def _arrange_router_bias(self, router_bias):
         if router_bias is None:

@@ -51,8 +51,6 @@ class MixtureOfExperts(nnx.Module):
         chosen_BTk = jnp.take_along_axis(logits_BTE, experts_BTk, axis=-1)
         scores_BTk = jax.nn.sigmoid(chosen_BTk.astype(jnp.float32)).astype(x.dtype)
         experts_BTk = jnp.where(valid[..., None], experts_BTk, self.num_experts)
-        experts = self.experts
-        routed, load_E = ops.routed_experts(
-            x, experts_BTk, scores_BTk, experts.gate_proj[...], experts.up_proj[...], experts.down_proj[...]
-        )
+        weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        routed, load_E = ops.routed_experts(x, experts_BTk, scores_BTk, *(w.get_value() for w in weights))
         return self.shared_expert(x) + routed, load_E

@@ -23,12 +23,13 @@ def flat_params(model: Llama4) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
 
 
 def param_shardings(model: Llama4, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns where every parameter belongs on a mesh, under its dotted path."""
+    """Returns where every parameter belongs on a mesh, under its dotted path; of a quantised one both its arrays."""
     shardings = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
-        axes = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked layers have an axis more
-        shardings[".".join(map(str, path))] = named_sharding(mesh, axes, shape)
+        axes, value = variable.get_metadata()["axes"], variable.get_value()
+        axes = (None,) * (value.ndim - len(axes)) + tuple(axes)  # stacked layers have an axis more
+        place = jax.tree.map(lambda leaf, axes=axes: named_sharding(mesh, axes, leaf.shape), value)
+        shardings[".".join(map(str, path))] = place
     return shardings
 
 

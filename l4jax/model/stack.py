@@ -18,7 +18,7 @@ from flax import nnx
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention", "attention_lse"),
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 """What layers keep for the backward pass: everything; nothing but their inputs, the rest is made again; the output of

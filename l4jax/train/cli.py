@@ -30,6 +30,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
+    import jax
+
     from l4jax.train.config import load_run_config
     from l4jax.train.data import RunData
     from l4jax.train.loop import train
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_run_config(args.config, args.settings)
     out = args.out or Path("runs") / args.config.stem
     data = RunData(config, out / "data")
-    trained = train(config, data.training_batches(), out, resume=args.resume)
+    batches = data.training_batches((jax.process_index(), jax.process_count()))
+    trained = train(config, batches, out, resume=args.resume)
     if trained.interrupted_by is not None:
         return interrupted(trained.interrupted_by, trained.steps)
     print(f"{trained.steps:,} steps; checkpoints and metrics are in {out}")

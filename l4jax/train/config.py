@@ -30,6 +30,31 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a step is spread over devices, and what it keeps in which precision."""
+
+    mesh: str = ""
+    """Sizes of the mesh axes, `fsdp=4,expert=16`; empty: one device. Axes are in `l4jax/sharding.py`."""
+    remat: str = "none"
+    """What layers keep for the backward pass: none (everything), full (their inputs), attention, dots."""
+    microbatches: int = 1
+    """Parts of a batch whose gradients are added up before a step."""
+    compute_dtype: str = "float32"
+    """In which layers compute; weights are kept, and updated, in float32."""
+    first_moment_dtype: str = "float32"
+    """Of Adam's mean of gradients; the mean of squares is float32."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in the memory of the host between steps."""
+
+    def __post_init__(self):
+        for name in ("compute_dtype", "first_moment_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"parallel.{name}={getattr(self, name)!r} must be float32 or bfloat16")
+        if self.microbatches < 1:
+            raise ValueError(f"parallel.microbatches={self.microbatches} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -37,6 +62,7 @@ class RunConfig:
     """In the file: the content of a Hugging Face `config.json`."""
     data: DataConfig
     optimizer: OptimizerConfig
+    parallel: ParallelConfig = ParallelConfig()
     steps: int
     """Optimizer steps."""
     seed: int = 0

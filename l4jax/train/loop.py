@@ -21,13 +21,13 @@ from flax import nnx
 from rich.console import Console
 
 from l4jax.checkpoint.train_store import Interruption, TrainStore
-from l4jax.sharding import make_mesh
+from l4jax.sharding import check_mesh, make_mesh, parse_sizes, place
 from l4jax.train.config import RunConfig, run_config_to_dict
 from l4jax.train.metrics import MetricsFile, load_imbalance
 from l4jax.train.optimizer import learning_rate_schedule, make_optimizer
 from l4jax.train.progress import TrainingProgress
-from l4jax.train.state import TrainState, init_state
-from l4jax.train.step import make_train_step
+from l4jax.train.state import TrainState, init_state, state_shardings
+from l4jax.train.step import BATCH_AXES, make_train_step
 
 Resume = Literal["auto", "never", "must"]
 
@@ -78,7 +78,10 @@ def train(
     """
     if resume == "never":
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    mesh = make_mesh()
+    parallel = config.parallel
+    sizes = parse_sizes(parallel.mesh)
+    check_mesh(config.model, sizes, rows=config.data.rows, length=config.data.row_tokens)
+    mesh = make_mesh(**sizes)
     with (
         TrainStore(run_dir / "checkpoints") as store,
         Interruption() as stop,
@@ -87,11 +90,11 @@ def train(
     ):
         if store.latest_step() is not None:
             _check_settings(run_dir / "config.yaml", config)
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.steps, parallel.first_moment_dtype)
         learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-        graphdef, state = init_state(config.model, optimizer, config.seed, mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        train_step = make_train_step(graphdef, optimizer, config, shardings)
+        shardings = state_shardings(config.model, optimizer, mesh, offload=parallel.offload_optimizer)
+        graphdef, state = init_state(config.model, optimizer, config.seed, shardings)
+        train_step = make_train_step(graphdef, optimizer, parallel, config.router_bias_rate, shardings)
         step = 0
         if resume == "must" or store.latest_step() is not None:
             state, step, _ = store.restore(jax.tree.map(_abstract, state), batches)
@@ -102,7 +105,7 @@ def train(
             window = _Window()
             while step < config.steps and not stop.requested(store, step):
                 batch = next(batches)
-                state, numbers = train_step(state, batch)
+                state, numbers = train_step(state, place(batch, mesh, BATCH_AXES))
                 step += 1
                 # The step runs on while the host reads the numbers of the one before and makes the next batch.
                 window.add(numbers, num_tokens=int((batch["segment_ids"] > 0).sum()))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from l4jax import ops
 from l4jax.model.llama4 import head_logits
 
 
@@ -22,10 +23,6 @@ def next_token_targets(
     return jnp.roll(ids_BT, -1, axis=1), wanted_BT & (follows_BT == segment_ids_BT) & (segment_ids_BT > 0)
 
 
-LOGITS_AT_ONCE = 1 << 28
-"""Logits that a step holds at a time; 1 GiB in float32. Scout's vocabulary times 8,192 tokens would take 6.6 GB."""
-
-
 class TokenLosses(NamedTuple):
     """Of each position; both float32 whatever the dtype of the logits."""
 
@@ -38,21 +35,8 @@ class TokenLosses(NamedTuple):
 def head_losses(
     hidden_BTD: Float[Array, "B T D"], kernel_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"]
 ) -> TokenLosses:
-    """Returns the losses of `hidden @ kernel`, a block of positions at a time; logits of a block are made again in the
-    backward pass rather than kept."""
-
-    def block_losses(hidden_BTD, targets_BT):
-        return token_losses(head_logits(hidden_BTD, kernel_DV), targets_BT)
-
-    (B, T, D), V = hidden_BTD.shape, kernel_DV.shape[1]
-    num_blocks = next(n for n in range(1, T + 1) if T % n == 0 and (n == T or B * T // n * V <= LOGITS_AT_ONCE))
-    if num_blocks == 1:
-        return block_losses(hidden_BTD, targets_BT)
-    hidden_blocks = jnp.moveaxis(hidden_BTD.reshape(B, num_blocks, -1, D), 1, 0)
-    target_blocks = jnp.moveaxis(targets_BT.reshape(B, num_blocks, -1), 1, 0)
-    one_block = jax.checkpoint(lambda block: block_losses(*block))
-    found = jax.lax.map(one_block, (hidden_blocks, target_blocks))
-    return TokenLosses(*(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in found))
+    """Returns the losses of the logits `hidden @ kernel`, a block of positions at a time."""
+    return ops.map_logits(token_losses, head_logits, hidden_BTD, kernel_DV, targets_BT)
 
 
 @jax.custom_vjp
@@ -86,11 +70,10 @@ def _token_losses_backward(residuals, cotangents):
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def masked_mean(values_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> tuple[Array, Array]:
-    """Returns the mean over the marked positions of the whole batch, and their number (float32).
+def masked_sum(values_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Returns the sum over the marked positions.
 
-    The mean is over tokens, never over rows or devices: a row with few answers weighs little. With no marked position
-    it is 0.
+    Divided by their number in the whole batch it is the loss: the mean is over tokens, never over rows, devices or
+    microbatches, so that a row with few answers weighs little.
     """
-    count = mask_BT.sum(dtype=jnp.float32)
-    return jnp.where(mask_BT, values_BT, 0.0).sum() / jnp.maximum(count, 1.0), count
+    return jnp.where(mask_BT, values_BT, 0.0).sum()

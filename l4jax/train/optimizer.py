@@ -47,7 +47,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, first_moment_dtype: str = "float32"
+) -> optax.GradientTransformation:
     """Returns clip -> Adam -> weight decay -> learning rate, for parameters as plain pytrees."""
     return optax.chain(
         clip_by_global_norm(config.clip_norm),
@@ -56,6 +58,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
+            mu_dtype=first_moment_dtype,
             weight_decay=config.weight_decay,
             mask=decays,
         ),

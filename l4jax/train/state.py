@@ -34,21 +34,18 @@ class TrainState:
 
 
 def init_state(
-    config: Llama4Config, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    config: Llama4Config, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Returns the structure of a new model, for `nnx.merge(graphdef, state.params)`, and the state before step 1.
 
-    Every array is born in its place on the mesh, and the numbers do not depend on the mesh.
+    Every array is born in its place (`state_shardings`), and the numbers do not depend on the mesh.
     """
 
     def create() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(Llama4(config, rngs=nnx.Rngs(seed))))
         return new_state(config, optimizer, params)
 
-    graphdef, shardings = (
-        nnx.graphdef(abstract_model(config, dtype=jnp.float32)),
-        state_shardings(config, optimizer, mesh),
-    )
+    graphdef = nnx.graphdef(abstract_model(config, dtype=jnp.float32))
     return graphdef, jax.jit(create, out_shardings=shardings)()
 
 
@@ -59,8 +56,14 @@ def new_state(config: Llama4Config, optimizer: optax.GradientTransformation, par
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), router_bias)
 
 
-def state_shardings(config: Llama4Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Returns the place of every array of the state: moments lie where their parameters do, the rest everywhere."""
+def state_shardings(
+    config: Llama4Config, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """Returns the place of every array of the state: moments lie where their parameters do, the rest everywhere.
+
+    Args:
+        offload: keep the moments in the memory of the host.
+    """
     model = abstract_model(config, dtype=jnp.float32)
     flat, everywhere = param_shardings(model, mesh), NamedSharding(mesh, PartitionSpec())
     params = nnx.to_pure_dict(nnx.state(model))
@@ -69,7 +72,7 @@ def state_shardings(config: Llama4Config, optimizer: optax.GradientTransformatio
     )
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, place: place,
+        lambda _, place: place.with_memory_kind("pinned_host") if offload else place,
         jax.eval_shape(optimizer.init, params),
         places,
         transform_non_params=lambda _: everywhere,

@@ -3,16 +3,28 @@
 The mask is never an array: it follows from positions and segment ids, so whole blocks outside of it cost nothing.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import reference, tpu, xla
 from pallas_kernels.dispatch import dispatch, register
 
+register("attention", "pallas", tpu.attention, tpu.refuse)
 register("attention", "xla", xla.attention)
+register("attention", "interpret", functools.partial(tpu.attention, interpret=True), tpu.refuse_interpreted)
 register("attention", "reference", reference.attention)
+register("attention_gradients", "pallas", tpu.attention_gradients, tpu.refuse)
+register("attention_gradients", "xla", xla.attention_gradients)
+register(
+    "attention_gradients",
+    "interpret",
+    functools.partial(tpu.attention_gradients, interpret=True),
+    tpu.refuse_interpreted,
+)
+register("attention_gradients", "reference", reference.attention_gradients)
 
 
 def attention(
@@ -64,6 +76,52 @@ def attention(
         causal, chunk_size, scale,
     )  # fmt: skip
     return (out_BTNH, lse_BTN) if return_lse else out_BTNH
+
+
+def attention_gradients(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    out_BTNH: Float[Array, "B T N H"],
+    lse_BTN: Float[Array, "B T N"],
+    d_out_BTNH: Float[Array, "B T N H"],
+    d_lse_BTN: Float[Array, "B T N"],
+    causal: bool = True,
+    chunk_size: int | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns the part of the gradients of attention that comes from some of its keys.
+
+    Where keys are spread over devices, `out` and `lse` are of all of them. The gradients of the queries then add up
+    over the parts, and each part gives those of its own keys and values. With all keys at once it is the gradient of
+    `attention`.
+
+    Args:
+        q_BTNH: as for `attention`, as are k_BSKH, v_BSKH and all from `causal` on.
+        out_BTNH: attention to all keys.
+        lse_BTN: its log-sum-exp.
+        d_out_BTNH: gradient of a loss with respect to `out`.
+        d_lse_BTN: and to `lse`.
+
+    Returns:
+        The gradients of q, k and v, in their dtypes.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or the named implementation cannot serve the call.
+    """
+    if scale is None:
+        scale = q_BTNH.shape[-1] ** -0.5
+    _check(q_BTNH, k_BSKH, v_BSKH, chunk_size, scale)
+    given = q_positions, kv_positions, q_segment_ids, kv_segment_ids
+    return dispatch(
+        "attention_gradients", implementation, q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN,
+        causal, chunk_size, scale,
+    )  # fmt: skip
 
 
 def merge_partial_attention(

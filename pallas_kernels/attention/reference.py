@@ -1,5 +1,7 @@
 """Attention, as a specification: all T x S scores, one boolean mask, a softmax in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -69,6 +71,33 @@ def attention(
         chunk_size,
     )
     return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale)
+
+
+def attention_gradients(
+    q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN, causal, chunk_size, scale
+):
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    positions = (_or_default(x, jnp.arange(n), B) for x, n in zip(given[:2], (T, S), strict=True))
+    segment_ids = (_or_default(x, jnp.ones(n, jnp.int32), B) for x, n in zip(given[2:], (T, S), strict=True))
+    mask_BTS = visible(*positions, *segment_ids, causal, chunk_size)
+    q_used, kv_used = mask_BTS.any(2)[..., None, None], mask_BTS.any(1)[..., None, None]
+    q, out, d_out = (
+        jnp.where(q_used, x, 0).astype(jnp.float32).reshape(B, T, K, N // K, H) for x in (q_BTNH, out_BTNH, d_out_BTNH)
+    )
+    lse, d_lse = (jnp.where(q_used[..., 0], x, 0.0).reshape(B, T, K, N // K, 1) for x in (lse_BTN, d_lse_BTN))
+    k, v = (jnp.where(kv_used, x, 0).astype(jnp.float32) for x in (k_BSKH, v_BSKH))
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    scores_BTKGS = einsum("BTKGH,BSKH->BTKGS", q, k) * scale
+    weights_BTKGS = jnp.where(mask_BTS[:, :, None, None, :], jnp.exp(scores_BTKGS - lse), 0.0)
+    d_weights_BTKGS = einsum("BTKGH,BSKH->BTKGS", d_out, v)
+    # Of the softmax: a weight grows where its own gradient is above the mean under the weights.
+    mean = jnp.sum(out * d_out, -1, keepdims=True) - d_lse
+    d_scores_BTKGS = weights_BTKGS * (d_weights_BTKGS - mean) * scale
+    d_q = einsum("BTKGS,BSKH->BTKGH", d_scores_BTKGS, k).reshape(B, T, N, H)
+    d_k = einsum("BTKGS,BTKGH->BSKH", d_scores_BTKGS, q)
+    d_v = einsum("BTKGS,BTKGH->BSKH", weights_BTKGS, d_out)
+    return tuple(d.astype(x.dtype) for d, x in zip((d_q, d_k, d_v), (q_BTNH, k_BSKH, v_BSKH), strict=True))
 
 
 def _or_default(given: Array | None, default: Array, batch: int) -> Array:

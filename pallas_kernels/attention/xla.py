@@ -18,22 +18,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.blocks import (
+    FULL,
+    HIDDEN,
+    PARTIAL,
+    Keys,
+    Queries,
+    every_pair,
+    key_ranges,
+    make_labels,
+    may_see,
+    pad_labels,
+    query_ranges,
+    see_all,
+    visible,
+)
+from pallas_kernels.residuals import name_attention
 from pallas_kernels.slices import from_bits, read_slice, to_bits
-
-FULL, PARTIAL, HIDDEN = 0, 1, 2
 
 # Below every score, yet finite: -inf - -inf would be NaN.
 _LOWEST = -1e30
-
-
-class _Labels(NamedTuple):
-    """What decides visibility on one side: positions, and segment ids or None for a single segment."""
-
-    positions: Int[Array, "B S"]
-    segments: Int[Array, "B S"] | None
-
-    def block(self, batch, start, size):
-        return _Labels(*(None if x is None else lax.dynamic_slice(x, (batch, start), (1, size))[0] for x in self))
 
 
 class _Plan(NamedTuple):
@@ -41,8 +45,8 @@ class _Plan(NamedTuple):
 
     q_block: int
     kv_block: int
-    q_labels: _Labels
-    kv_labels: _Labels
+    queries: Queries
+    keys: Keys
     order_BTS: Int[Array, "B nT nS"]
     num_full_BT: Int[Array, "B nT"]
     num_seen_BT: Int[Array, "B nT"]
@@ -64,80 +68,34 @@ def _even(length: int, most: int) -> int:
     return min(-(-length // (8 * num_blocks)) * 8, most)
 
 
-def block_kinds(
-    q_labels: _Labels, kv_labels: _Labels, q_block: int, kv_block: int, causal: bool, chunk_size: int | None
-) -> Int[Array, "B nT nS"]:
+def block_kinds(queries: Queries, keys: Keys, q_block: int, kv_block: int) -> Int[Array, "B nT nS"]:
     """Returns for each pair of blocks whether every key is visible to every query (FULL), none (HIDDEN), or PARTIAL.
 
     Decided from the ranges of each block alone, so PARTIAL may turn out empty; FULL and HIDDEN are certain.
     """
-    needed, full = jnp.array(True), jnp.array(True)
-
-    def compare(q_values, kv_values, same: bool):
-        nonlocal needed, full
-        q_low, q_high = (x[:, :, None] for x in _ranges(q_values, q_labels.segments, q_block))
-        kv_low, kv_high = (x[:, None, :] for x in _ranges(kv_values, kv_labels.segments, kv_block))
-        needed &= kv_low <= q_high
-        if same:
-            needed &= kv_high >= q_low
-            full &= (q_low == q_high) & (kv_low == kv_high) & (q_low == kv_low)
-        else:
-            full &= kv_high <= q_low
-
-    if causal:
-        compare(q_labels.positions, kv_labels.positions, same=False)
-    if chunk_size is not None:
-        compare(q_labels.positions // chunk_size, kv_labels.positions // chunk_size, same=True)
-    if q_labels.segments is not None:
-        compare(q_labels.segments, kv_labels.segments, same=True)
-        for x, block, axis in ((q_labels.segments, q_block, 2), (kv_labels.segments, kv_block, 1)):
-            full &= jnp.expand_dims(_blocked(x != 0, block).all(2), axis)
-    batch, num_keys = kv_labels.positions.shape
-    num_q_blocks, num_kv_blocks = q_labels.positions.shape[1] // q_block, -(-num_keys // kv_block)
-    if num_keys % kv_block:  # the last block starts early to fit, and repeats keys of the one before
-        full &= jnp.arange(num_kv_blocks) < num_kv_blocks - 1
-    kinds = jnp.where(full & needed, FULL, jnp.where(needed, PARTIAL, HIDDEN))
-    return jnp.broadcast_to(kinds, (batch, num_q_blocks, num_kv_blocks))
+    pairs = every_pair(
+        query_ranges(pad_labels(queries, q_block), q_block), key_ranges(pad_labels(keys, kv_block), kv_block)
+    )
+    return jnp.where(see_all(*pairs), FULL, jnp.where(may_see(*pairs), PARTIAL, HIDDEN))
 
 
-def _blocked(values: Array, block: int) -> Array:
-    """Returns [B, S] as [B, blocks, block]; the last block is filled up with its last value."""
-    missing = -values.shape[1] % block
-    return jnp.pad(values, ((0, 0), (0, missing)), mode="edge").reshape(values.shape[0], -1, block)
-
-
-def _ranges(values: Array, segments: Array | None, block: int) -> tuple[Array, Array]:
-    """Returns the smallest and largest value per block, without padding; an empty range where all is padding."""
-    values = _blocked(values, block)
-    if segments is None:
-        return values.min(2), values.max(2)
-    limits, real = jnp.iinfo(values.dtype), _blocked(segments, block) != 0
-    return jnp.where(real, values, limits.max).min(2), jnp.where(real, values, limits.min).max(2)
-
-
-def _make_plan(shape, dtype, q_labels, kv_labels, causal, chunk_size) -> _Plan:
+def _make_plan(shape, dtype, queries: Queries, keys: Keys) -> _Plan:
     num_queries, num_keys, num_heads = shape
     q_block, kv_block = block_sizes(num_queries, num_keys, num_heads, dtype)
-    padding = ((0, 0), (0, -num_queries % q_block))
-    q_labels = _Labels(*(None if x is None else jnp.pad(x, padding, mode="edge") for x in q_labels))
-    kinds = block_kinds(q_labels, kv_labels, q_block, kv_block, causal, chunk_size)
+    kinds = block_kinds(queries, keys, q_block, kv_block)
     order = jnp.argsort(kinds, axis=2, stable=True)
-    return _Plan(
-        q_block, kv_block, q_labels, kv_labels, order, (kinds == FULL).sum(2), (kinds != HIDDEN).sum(2)
-    )  # fmt: skip
+    queries = pad_labels(queries, q_block)
+    return _Plan(q_block, kv_block, queries, keys, order, (kinds == FULL).sum(2), (kinds != HIDDEN).sum(2))
 
 
-def _visible(q_labels: _Labels, kv_labels: _Labels, causal: bool, chunk_size: int | None):
-    """Returns the mask of one tile [q_block, kv_block], from the labels of its queries and keys; True for no mask."""
-    mask = jnp.array(True)
-    q_position, kv_position = q_labels.positions[:, None], kv_labels.positions[None, :]
-    if causal:
-        mask &= kv_position <= q_position
-    if chunk_size is not None:
-        mask &= kv_position // chunk_size == q_position // chunk_size
-    if q_labels.segments is not None:
-        mask &= (q_labels.segments[:, None] == kv_labels.segments[None, :]) & (q_labels.segments[:, None] != 0)
-    return mask
+def _cut(labels, batch: Array, start: Array, size: int, axis: int):
+    """Returns the labels of one block, along one axis of a tile."""
+    return type(labels)(
+        *(
+            None if x is None else jnp.expand_dims(lax.dynamic_slice(x, (batch, start), (1, size))[0], 1 - axis)
+            for x in labels
+        )
+    )
 
 
 def _fold(block: Float[Array, "Q N ..."], num_kv_heads: int) -> Float[Array, "K GQ ..."]:
@@ -155,11 +113,10 @@ def _dot(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _visit_keys(plan: _Plan, k, v, batch, q_index, causal, chunk_size, visit, carry):
+def _visit_keys(plan: _Plan, k, v, batch, q_index, visit, carry):
     """Runs `carry = visit(carry, start, k_KSH, v_KSH, mask_QS or None)` over the key blocks that a query block sees."""
     size, num_keys, num_kv_heads = plan.kv_block, *k.shape[1:3]
-    some_partial = causal or chunk_size is not None or plan.q_labels.segments is not None or num_keys % size
-    q_labels = plan.q_labels.block(batch, q_index * plan.q_block, plan.q_block)
+    queries = _cut(plan.queries, batch, q_index * plan.q_block, plan.q_block, axis=0)
 
     def read(array, start):
         block = read_slice(array, (batch, start, 0, 0), (1, size, num_kv_heads, array.shape[3]))
@@ -172,17 +129,16 @@ def _visit_keys(plan: _Plan, k, v, batch, q_index, causal, chunk_size, visit, ca
     def visit_partial(i, carry):
         first = plan.order_BTS[batch, q_index, i] * size
         start = jnp.minimum(first, num_keys - size)
-        mask = _visible(q_labels, plan.kv_labels.block(batch, start, size), causal, chunk_size)
+        mask = visible(queries, _cut(plan.keys, batch, start, size, axis=1))
         if num_keys % size:
             mask &= start + jnp.arange(size) >= first
-        mask = jnp.broadcast_to(mask, (plan.q_block, size))
         # What nobody sees may hold anything, also NaN, and 0 * NaN would spread.
         seen = mask.any(0)[:, None]
         return visit(carry, start, jnp.where(seen, read(k, start), 0), jnp.where(seen, read(v, start), 0), mask)
 
     num_full, num_seen = plan.num_full_BT[batch, q_index], plan.num_seen_BT[batch, q_index]
     carry = lax.fori_loop(0, num_full, visit_full, carry)
-    return lax.fori_loop(num_full, num_seen, visit_partial, carry) if some_partial else carry
+    return lax.fori_loop(num_full, num_seen, visit_partial, carry)
 
 
 def _mask_rows(mask_QS: Array, num_heads_per_kv: int) -> Array:
@@ -191,7 +147,7 @@ def _mask_rows(mask_QS: Array, num_heads_per_kv: int) -> Array:
 
 
 def _pad_queries(array: Array, plan: _Plan, value: float = 0) -> Array:
-    missing = plan.q_labels.positions.shape[1] - array.shape[1]
+    missing = plan.queries.low.shape[1] - array.shape[1]
     return jnp.pad(array, ((0, 0), (0, missing)) + ((0, 0),) * (array.ndim - 2), constant_values=value)
 
 
@@ -200,9 +156,9 @@ def _read_queries(array: Array, plan: _Plan, batch: Array, q_index: Array, num_k
     return _fold(read_slice(array, starts, (1, plan.q_block, *array.shape[2:]))[0], num_kv_heads)
 
 
-def _forward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale):
+def _forward(q, k, v, queries, keys, scale):
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    plan = _make_plan((T, S, N), q.dtype, q_labels, kv_labels, causal, chunk_size)
+    plan = _make_plan((T, S, N), q.dtype, queries, keys)
     q = _pad_queries(q, plan)
     num_q_blocks = plan.order_BTS.shape[1]
 
@@ -224,9 +180,7 @@ def _forward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale):
 
         rows = (K, q_KRH.shape[1])
         start = jnp.full(rows, _LOWEST), jnp.zeros(rows), jnp.zeros((*rows, H))
-        largest_KR, sum_KR, out_KRH = _visit_keys(
-            plan, k, v, batch, q_index, causal, chunk_size, visit, start
-        )  # fmt: skip
+        largest_KR, sum_KR, out_KRH = _visit_keys(plan, k, v, batch, q_index, visit, start)
         some_KR = sum_KR > 0
         safe_sum_KR = jnp.where(some_KR, sum_KR, 1.0)
         lse_KR = jnp.where(some_KR, largest_KR * scale + jnp.log(safe_sum_KR), -jnp.inf)
@@ -242,9 +196,9 @@ def _forward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale):
     return from_bits(out, q.dtype)[:, :T], lse[:, :T]
 
 
-def _backward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale, out, lse, d_out, d_lse):
+def _backward(q, k, v, queries, keys, scale, out, lse, d_out, d_lse):
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    plan = _make_plan((T, S, N), q.dtype, q_labels, kv_labels, causal, chunk_size)
+    plan = _make_plan((T, S, N), q.dtype, queries, keys)
     num_q_blocks = plan.order_BTS.shape[1]
     nothing_seen = jnp.isneginf(lse)
     # d scores = weights * (d weights - delta): sum(out * d_out) comes from the normalisation, d_lse from the result.
@@ -280,10 +234,8 @@ def _backward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale, out, lse,
             )
 
         d_q, d_k_BKSH, d_v_BKSH = gradients
-        d_q_KRH, d_k_BKSH, d_v_BKSH = _visit_keys(
-            plan, k, v, batch, q_index, causal, chunk_size, visit,
-            (jnp.zeros(q_KRH.shape, jnp.float32), d_k_BKSH, d_v_BKSH),
-        )  # fmt: skip
+        d_q_KRH = jnp.zeros(q_KRH.shape)
+        d_q_KRH, d_k_BKSH, d_v_BKSH = _visit_keys(plan, k, v, batch, q_index, visit, (d_q_KRH, d_k_BKSH, d_v_BKSH))
         d_q_QNH = to_bits(_unfold(d_q_KRH, plan.q_block).astype(q.dtype))
         d_q = lax.dynamic_update_slice(d_q, d_q_QNH[None], (batch, q_index * plan.q_block, 0, 0))
         return d_q, d_k_BKSH, d_v_BKSH
@@ -294,23 +246,31 @@ def _backward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale, out, lse,
     return from_bits(d_q, q.dtype)[:, :T], d_k, d_v
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, q_labels, kv_labels, causal, chunk_size, scale):
-    return _forward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, queries, keys, scale):
+    return _forward(q, k, v, queries, keys, scale)
 
 
-def _attention_forward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale):
-    out, lse = _forward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale)
-    return (out, lse), (q, k, v, q_labels, kv_labels, out, lse)
+def _attention_forward(q, k, v, queries, keys, scale):
+    out, lse = name_attention(*_forward(q, k, v, queries, keys, scale))
+    return (out, lse), (q, k, v, queries, keys, out, lse)
 
 
-def _attention_backward(causal, chunk_size, scale, residuals, cotangents):
-    q, k, v, q_labels, kv_labels, out, lse = residuals
-    gradients = _backward(q, k, v, q_labels, kv_labels, causal, chunk_size, scale, out, lse, *cotangents)
+def _attention_backward(scale, residuals, cotangents):
+    q, k, v, queries, keys, out, lse = residuals
+    gradients = _backward(q, k, v, queries, keys, scale, out, lse, *cotangents)
     return (*gradients, None, None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale"))
+def attention_gradients(
+    q_BTNH, k_BSKH, v_BSKH, given, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN, causal, chunk_size, scale
+):
+    labels = make_labels((*q_BTNH.shape[:2], k_BSKH.shape[1]), *given, causal, chunk_size)
+    return _backward(q_BTNH, k_BSKH, v_BSKH, *labels, scale, out_BTNH, lse_BTN, d_out_BTNH, d_lse_BTN)
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "chunk_size", "scale"))
@@ -321,15 +281,7 @@ def attention(
     (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
     if 0 in (B, T, S):
         return jnp.zeros_like(q_BTNH), jnp.full(q_BTNH.shape[:3], -jnp.inf)
-    if q_positions_BT is None:
-        q_positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    if kv_positions_BS is None:
-        kv_positions_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-    if (q_segment_ids_BT is None) != (kv_segment_ids_BS is None):  # one side given: the other is document 1
-        if q_segment_ids_BT is None:
-            q_segment_ids_BT = jnp.ones((B, T), jnp.int32)
-        else:
-            kv_segment_ids_BS = jnp.ones((B, S), jnp.int32)
-    q_labels = _Labels(q_positions_BT, q_segment_ids_BT)
-    kv_labels = _Labels(kv_positions_BS, kv_segment_ids_BS)
-    return _attention(q_BTNH, k_BSKH, v_BSKH, q_labels, kv_labels, causal, chunk_size, scale)
+    queries, keys = make_labels(
+        (B, T, S), q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, causal, chunk_size
+    )
+    return _attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, scale)

@@ -6,20 +6,19 @@ passes the sizes of all groups, the matrices it holds and the number of the firs
 are nobody's here.
 """
 
+import functools
+
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch, register
 from pallas_kernels.grouped_matmul import reference, tpu, xla
 from pallas_kernels.quantized import QuantizedArray
 
-register("grouped_matmul", "pallas", tpu.grouped_matmul, tpu.refuse)
-register("grouped_matmul", "xla", xla.grouped_matmul)
-register("grouped_matmul", "interpret", tpu.interpreted_grouped_matmul, tpu.refuse_interpreted)
-register("grouped_matmul", "reference", reference.grouped_matmul)
-register("grouped_swiglu", "pallas", tpu.grouped_swiglu, tpu.refuse)
-register("grouped_swiglu", "xla", xla.grouped_swiglu)
-register("grouped_swiglu", "interpret", tpu.interpreted_grouped_swiglu, tpu.refuse_interpreted)
-register("grouped_swiglu", "reference", reference.grouped_swiglu)
+for _op in ("grouped_matmul", "grouped_swiglu"):
+    register(_op, "pallas", getattr(tpu, _op), tpu.refuse)
+    register(_op, "xla", getattr(xla, _op))
+    register(_op, "interpret", functools.partial(getattr(tpu, _op), interpret=True), tpu.refuse_interpreted)
+    register(_op, "reference", getattr(reference, _op))
 
 
 def grouped_matmul(
@@ -36,7 +35,7 @@ def grouped_matmul(
     Args:
         rows_RD: rows sorted by expert, float32 or bfloat16.
         weights_eDF: one matrix per expert, in the dtype of the rows, or a `QuantizedArray` with scales [e, G, F]:
-            G = 1, or groups along D. It stands for `weights_eDF.dequantize(rows_RD.dtype)`.
+            G = 1, or one for each group of numbers along D. Scales multiply numbers or sums, as suits.
         group_sizes_E: number of rows of each expert; their sum is at most R. Rows after the sum give zeros, whatever
             they hold.
         group_offset: the expert of `weights_eDF[0]`, where only `e` of the E experts are held here; it may be traced.

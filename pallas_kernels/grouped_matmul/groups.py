@@ -14,9 +14,7 @@ class Groups(NamedTuple):
     end_e: Int[Array, " e"]
 
 
-def local_groups(
-    group_sizes_E: Int[Array, " E"], group_offset: int | Int[Array, ""] | None, num_local: int
-) -> Groups:
+def local_groups(group_sizes_E: Int[Array, " E"], group_offset: int | Int[Array, ""] | None, num_local: int) -> Groups:
     """Returns the groups `group_offset..group_offset + num_local - 1` of all E."""
     offset = 0 if group_offset is None else group_offset
     end_E = jnp.cumsum(group_sizes_E.astype(jnp.int32))

@@ -31,7 +31,8 @@ def grouped_matmul(
         "RD,EDF->ERF", rows_RD_f32, weights_EDF.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     onehot_RE = jax.nn.one_hot(owner_R, weights_EDF.shape[0], dtype=jnp.float32)
-    return jnp.einsum("RE,ERF->RF", onehot_RE, products_ERF).astype(rows_RD.dtype)
+    out_RF = jnp.einsum("RE,ERF->RF", onehot_RE, products_ERF).astype(rows_RD.dtype)
+    return jnp.where(owned_R1, out_RF, 0)  # not only for the value: gradients of other rows may be NaN
 
 
 def grouped_swiglu(

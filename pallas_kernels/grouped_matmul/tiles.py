@@ -1,9 +1,13 @@
 """Tile sizes of the TPU kernels: what fits a chip's memory, and what its matrix units like.
 
-Counted, not timed: static bundles of the compiled loop bodies (`scripts/count_tpu_kernels.py`), jax 0.10.2, libtpu
-0.0.42.1. A product of 5120 x 512 weights with 32, 64, 128, 256, 512 rows takes 1.45, 2.6, 4.6, 8.8, - thousand
-bundles on v5e and v5p, 1.2, 1.3, 1.5, 2.8, 5.3 on v6e and 0.8, 0.9, 1.1, 1.6, 2.4 on tpu7x: below the `big` of a chip
-it waits for weights to be loaded into the units.
+Counted, not timed (`scripts/count_tpu_kernels.py`): static bundles of a product with 5120 x 512 bfloat16 weights, jax
+0.10.2, libtpu 0.0.42.1. Below some number of rows it takes as long as loading the weights into the matrix units.
+
+| rows       |   32 |   64 |  128 |  256 |  512 |
+|------------|------|------|------|------|------|
+| v5e, v5p   | 1452 | 2562 | 4611 | 8766 |      |
+| v6e        | 1217 | 1334 | 1538 | 2788 | 5331 |
+| tpu7x      |  784 |  892 | 1136 | 1550 | 2358 |
 """
 
 from typing import NamedTuple
@@ -41,9 +45,9 @@ class Chip(NamedTuple):
 _MIB = 1 << 20
 _CHIPS = {
     "TPU v5 lite": Chip(112 * _MIB, 1, big=128, small=64, cols=512, strip=2048, outer=2560),
-    "TPU v5": Chip(56 * _MIB, 2, big=128, small=64, cols=512, strip=2048, outer=2048),
+    "TPU v5": Chip(60 * _MIB, 2, big=128, small=64, cols=512, strip=2048, outer=2048),
     "TPU v6 lite": Chip(112 * _MIB, 1, big=256, small=128, cols=512, strip=2048, outer=2560),
-    "TPU7x": Chip(56 * _MIB, 1, big=512, small=256, cols=512, strip=2048, outer=2048),
+    "TPU7x": Chip(60 * _MIB, 1, big=512, small=256, cols=512, strip=2048, outer=2048),
     # The interpreter: tiles so small that tests have several of each, and two cores.
     "cpu": Chip(64 * _MIB, 2, big=32, small=16, cols=128, strip=64, outer=128),
 }
@@ -100,23 +104,24 @@ def row_tiles(
         fixed_bytes: bytes of what else stays in fast memory.
     """
     limits = chip()
-    big, small = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     room = limits.vmem_bytes * 7 // 8 - fixed_bytes  # the rest is for the compiler: sums that leave the registers
+    full_speed = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     best = None
-    for cols in (limits.cols, limits.cols // 2, limits.cols // 4):
-        cols = num_cols if num_cols < 128 else max(min(cols, round_down(num_cols, 128)), 128)
-        strip = (room - column_bytes * cols) // (2 * (row_bytes + out_bytes * cols))
-        strip = min(round_down(strip, big if strip >= big else small), limits.strip)
-        if strip >= small and (best is None or strip > best.strip):
-            best = RowTiles(strip, min(big, strip), small, cols)
-        if best is not None and best.strip >= min(_WORTHWHILE_STRIP, num_rows):
+    for big, small in dict.fromkeys((full_speed, _FEW_ROWS)):
+        for cols in (limits.cols, limits.cols // 2, limits.cols // 4):
+            cols = num_cols if num_cols < 128 else max(min(cols, round_down(num_cols, 128)), 128)
+            strip = (room - column_bytes * cols) // (2 * (row_bytes + out_bytes * cols))
+            strip = min(round_down(strip, small), limits.strip)
+            if strip >= small and (best is None or strip > best.strip):
+                best = RowTiles(strip, min(big, strip), small, cols)
+            if best is not None and best.strip >= min(_WORTHWHILE_STRIP, num_rows):
+                break
+        if best is not None:
             break
-    if best is None:
-        return None
-    if num_rows <= best.big:
-        all_rows = round_up(num_rows, ALIGNMENT)
-        return RowTiles(all_rows, all_rows, all_rows, best.cols)
-    return best._replace(strip=min(best.strip, round_up(num_rows, ALIGNMENT)))
+    if best is None or num_rows > best.strip:
+        return best
+    strip = round_up(num_rows, best.small)
+    return best._replace(strip=strip, big=min(best.big, strip))
 
 
 def outer_tiles(num_rows: int, num_groups: int, depth: int, num_cols: int, itemsize: int) -> OuterTiles:
@@ -124,7 +129,7 @@ def outer_tiles(num_rows: int, num_groups: int, depth: int, num_cols: int, items
     limits = chip()
     big, _ = _FEW_ROWS if num_rows <= 32 * num_groups else (limits.big, limits.small)
     most = limits.outer * 2 // itemsize
-    strip = min(max(2 * big, 256), round_up(num_rows, ALIGNMENT))
+    strip = min(2 * big, round_up(num_rows, ALIGNMENT))
     return OuterTiles(strip, min(big, strip), _tile(depth, most), _tile(num_cols, most))
 
 

@@ -1,32 +1,36 @@
 """Routed expert matmuls on TPU: two kernels, rows times weights (`multiply`) and outer products (`outer_products`).
 
-`multiply` serves the forward pass and, with the weights contracted along F, the gradient to the rows.
+`multiply` is the forward pass and, with the weights contracted along F, the gradient to the rows.
 
-- Tiled: rows into strips of up to 2048, result columns into tiles of 512. The contracted axis is never cut, so sums stay
-  in the product and no accumulator goes back and forth.
-- Grid: (cores, steps). A step is one (strip, column tile, group) with rows in common, listed by `list_steps`; nothing else
-  is visited. Strips change slowest and groups fastest: a strip is read once, its result tile is written once, and each
-  group's weights are read once per strip in which the group has rows.
-- In VMEM, all twice for the pipeline: the strip [strip, D], one tile per weight [D, cols], the result [strip, cols].
-- A step multiplies only the rows of its group, in blocks that start at the group's first row (rounded down to 16), so
-  at most 15 rows and part of the last block are computed in vain; a block at a group's edge keeps its neighbours' rows.
-- Bytes: rows, results and weights once, plus the weights of a group again for each strip boundary inside of it. R=8192
-  in 16 equal groups on v6e (strips of 2048): no weight twice; shifted groups: 19 of 16 readings. In decoding the strip
-  is all rows, and the weights of groups without rows stay where they are.
+- Tiled: rows into strips of up to 2048, columns of the result into tiles of 512. The contracted axis is whole, so a
+  product is finished when it leaves the matrix units: no accumulator in memory, no masks on the way.
+- The grid walks over steps, each a (strip, column tile, group) with rows in common; `list_steps` lists them and no
+  other is visited. Strips change slowest and groups fastest: a strip is read once, a tile of the result is written
+  once, a group's weights are read once for each strip in which the group has rows. Two cores share the columns.
+- In VMEM, each twice for the pipeline: the strip [strip, D], a tile of each weight [D, 512], the result [strip, 512].
+- A step multiplies only the rows of its group, in blocks that begin at the group's first row (rounded down to 16): in
+  vain are at most 15 rows before and a part of the last block. Only blocks at a group's edge are masked, when stored.
+- Bytes: the ideal (rows, results and weights of groups with rows, once) plus the weights of a group again for each
+  strip boundary inside of it: for 8192 rows of 16 experts 1.8 GB instead of 1.56, in decoding (one strip) nothing.
+  The pipeline fetches one step ahead, so a new strip is waited for: 21 MB, 5% of its time at the bandwidth of v6e.
 
-`outer_products` makes weight gradients: tiles [2560, 2048] of the result stay in VMEM while the rows of the group
-pass, as one float32 sum; grid (row tiles of the result, its column tiles, steps), a step being a (strip, group) pair.
-Bytes: the result once, rows times F / 2048, gradients of the result times D / 2560.
+`outer_products` is the gradient to the weights. A tile of the result, up to [2560, 2048], stays in VMEM as a float32
+sum while its group's rows pass; the grid walks over (row tile, column tile, step), a step being a (strip, group) with
+rows in common. Bytes: results once, rows F / 2048 times, gradients D / 2560 times (2.55 GB, ideal 1.78, for 16384 rows
+of 16 experts). Rows of others are zeroed in both operands of every block: 3% more bundles than none.
 
-Quantised weights travel as they are and become the rows' dtype inside: a scale per output channel multiplies the sums,
-others the tile. The backward pass of SwiGLU reads gate and up as the forward pass saved them, 2 * R * F numbers
-(recomputing them costs a third more multiplications, and rematerialised layers hold them only for a moment);
-the element-wise part between the kernels is left to XLA, which makes one pass of it.
+Quantised weights move as they are stored, and become the rows' dtype inside the product. fp8 does so natively on tpu7x
+only; elsewhere it takes 4.8 thousand bundles per 5120 x 512 tile, int8 and int4 at most 1.8: on v6e decoding in fp8
+waits for that, not for memory (2.8 thousand cycles).
+
+SwiGLU's backward pass reads gate and up as its forward pass saved them, 2 R F numbers in the rows' dtype; to compute
+them again would be a third more multiplications, and rematerialised layers hold them only briefly. Its element-wise
+part is one fusion of XLA, between the kernels.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,6 +44,8 @@ from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.tpu import INTERPRET, refuse_platform
+
+Shaped = Array | jax.ShapeDtypeStruct
 
 
 class Steps(NamedTuple):
@@ -67,8 +73,7 @@ class Steps(NamedTuple):
 def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tuple[Steps, Int[Array, ""]]:
     """Returns the steps of `multiply`, and how many of them there are.
 
-    Strips change slowest; inside a strip columns, inside a column the groups that have rows in the strip. A strip
-    without groups is visited too, once per column, to be zeroed.
+    A strip without groups is visited too, once per column tile, to be zeroed.
     """
     num_groups, num_strips = groups.start_e.shape[0], pl.cdiv(num_rows, strip)
     has_rows_e = groups.end_e > groups.start_e
@@ -93,11 +98,12 @@ def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tupl
     group = jnp.sum(jnp.where(has_rows_e & (nth_e == wanted[:, None]), jnp.arange(num_groups), 0), 1)
 
     # Where a strip has no group, name the blocks of the next step or the last one that has: nothing is read for it.
-    first_strip, last_strip = first_row // strip, jnp.maximum(end_row - 1, 0) // strip
+    last_strip = jnp.maximum(end_row - 1, 0) // strip
+    first_strip = jnp.minimum(first_row // strip, last_strip)
     waiting_cols = jnp.where(strip_of < first_strip, 0, num_cols - 1)
     steps = Steps(
         strip=strip_of,
-        rows_strip=jnp.clip(strip_of, jnp.minimum(first_strip, last_strip), last_strip),
+        rows_strip=jnp.clip(strip_of, first_strip, last_strip),
         cols=cols,
         weight_cols=jnp.where(_take(num_groups_s, strip_of) > 0, cols, waiting_cols),
         group=group,
@@ -108,7 +114,7 @@ def list_steps(groups: Groups, num_rows: int, strip: int, num_cols: int) -> tupl
 
 
 def _take(table_s: Int[Array, " s"], index: Int[Array, " S"]) -> Int[Array, " S"]:
-    """Returns `table_s[index]` by comparison: for tables this small a TPU is faster so."""
+    """Returns `table_s[index]`, by comparison: faster on TPUs than a gather when the table is small."""
     return jnp.sum(jnp.where(index[:, None] == jnp.arange(table_s.shape[0]), table_s, 0), 1)
 
 
@@ -140,7 +146,6 @@ def multiply(
     num_cores = tiles.chip().num_cores if num_cols % tiles.chip().num_cores == 0 else 1
     num_cols //= num_cores
     steps, num_steps = list_steps(groups, num_rows, t.strip, num_cols)
-    quantized = isinstance(weights[0], QuantizedArray)
 
     def rows_index(core, step, steps):
         return steps.rows_strip[step], 0
@@ -161,8 +166,9 @@ def multiply(
             return QuantizedArray(weights_spec(weight.values), scales)
         return pl.BlockSpec((None, t.cols, depth) if transposed else (None, depth, t.cols), weights_index)
 
-    def kernel(steps, rows, weights, results, decoded):
+    def kernel(steps, rows, weights, results, sums):
         step = pl.program_id(1)
+        first_col = (pl.program_id(0) * num_cols + steps.cols[step]) * t.cols
         top, group = steps.strip[step] * t.strip, steps.group[step]
         first = jnp.maximum(steps.groups.start_e[group] - top, 0)
         end = jnp.minimum(steps.groups.end_e[group] - top, t.strip)
@@ -172,21 +178,18 @@ def multiply(
             for result in results:
                 result[...] = jnp.zeros_like(result)
 
-        if decoded:
-
-            @pl.when(end > first)
-            def _decode():
-                first_col = (pl.program_id(0) * num_cols + steps.weight_cols[step]) * t.cols
-                for weight, tile in zip(weights, decoded, strict=True):
-                    _decode_tile(weight, tile, first_col, width)
+        def product(x, weight):
+            return _product_transposed(x, weight, first_col, width) if transposed else _product(x, weight)
 
         def multiply_block(at, size):
             at = pl.multiple_of(at, tiles.ALIGNMENT)
             block = pl.ds(at, size)
-            products = [
-                _product(x[block, :], tile, transposed)
-                for x, tile in zip(rows * (len(weights) // len(rows)), decoded or weights, strict=True)
-            ]
+            xs = [x[block, :] for x in rows * (len(weights) // len(rows))]
+            # All but the last wait in memory: the matrix units of tpu7x have accumulators for one, and would start
+            # over for parts of two (counted: 6.8 thousand bundles instead of 5.4).
+            for held, x, weight in zip(sums, xs, weights, strict=False):
+                held[:size, :] = product(x, weight)
+            products = [*(held[:size, :] for held in sums), product(xs[-1], weights[-1])]
             finished = [value.astype(dtype) for value in finish(*products)]
             within = (at >= first) & (at + size <= end)
 
@@ -211,7 +214,7 @@ def multiply(
             num_small -= num_big * (t.big // t.small)
             _for(num_small, lambda i: multiply_block(jnp.minimum(rest + i * t.small, t.strip - t.small), t.small))
 
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    weight_bytes = sum(leaf.size * tiles.bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(weights))
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -222,7 +225,7 @@ def multiply(
                 [weights_spec(weight) for weight in weights],
             ],
             out_specs=[[pl.BlockSpec((t.strip, t.cols), result_index)] * num_results],
-            scratch_shapes=[[pltpu.VMEM((t.cols, depth), dtype)] * len(weights) if transposed and quantized else []],
+            scratch_shapes=[[pltpu.VMEM((t.big, t.cols), jnp.float32)] * (len(weights) - 1)],
         ),
         out_shape=[[jax.ShapeDtypeStruct((num_rows, width), dtype)] * num_results],
         compiler_params=pltpu.CompilerParams(
@@ -239,23 +242,29 @@ def multiply(
 
 
 def row_tiles_for(
-    rows: list[Array], weights: list[Array | QuantizedArray], num_groups: int, transposed: bool, num_results: int
+    rows: Sequence[Shaped],
+    weights: Sequence[Shaped | QuantizedArray],
+    num_groups: int,
+    transposed: bool,
+    num_results: int,
 ) -> tiles.RowTiles | None:
     """Returns the tiles of `multiply` for these operands, None if nothing fits."""
     (num_rows, depth), itemsize = rows[0].shape, rows[0].dtype.itemsize
     width = weights[0].shape[1 if transposed else 2]
-    column_bytes = scale_bytes = 0
+    column_bytes = fixed_bytes = 0
     for weight in weights:
         column_bytes += 2 * depth * tiles.bits(weight.dtype) // 8
-        if isinstance(weight, QuantizedArray):
-            column_bytes += depth * itemsize if transposed else 0
-            scale_bytes += 2 * 4 * tiles.round_up(weight.scales.shape[1], 8) * (depth if transposed else 1)
         if itemsize == 4:
             column_bytes += 3 * 2 * depth  # the compiler multiplies float32 as three bfloat16 parts
-    if not transposed:
-        column_bytes, scale_bytes = column_bytes + scale_bytes, 0
+        if isinstance(weight, QuantizedArray):
+            scale_bytes = 2 * 4 * tiles.round_up(weight.scales.shape[1], 8)  # of one column of scales
+            column_bytes += depth * itemsize  # the compiler keeps the decoded tile
+            if transposed:
+                fixed_bytes += depth * scale_bytes
+            else:
+                column_bytes += scale_bytes
     return tiles.row_tiles(
-        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, scale_bytes
+        num_rows, num_groups, width, len(rows) * depth * itemsize, num_results * itemsize, column_bytes, fixed_bytes
     )
 
 
@@ -265,49 +274,55 @@ def _dot(x: Array, y: Array, contracting: tuple[tuple[int], tuple[int]]) -> Arra
     return lax.dot_general(x, y, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _for(count: Array, body: Callable[[Array], None]) -> None:
+def _for(count: Array | int, body: Callable[[Array], None]) -> None:
     lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
-def _product(x: Array, weight: Array | QuantizedArray, transposed: bool) -> Array:
-    """Returns the float32 product of a block of rows and a tile of weights.
+def _product(x: Array, weight) -> Array:
+    """Returns the float32 product of rows [rows, depth] and a tile [depth, cols], plain or quantised.
 
-    Scales of quantised weights multiply the sums, [rows, cols] per scale. Decoding each number in every block costs no
-    time: the vector units do it while the matrix units wait for the weights or work.
+    Scales multiply whatever is less: the sums, [rows, cols] per scale, or the tile. That every block decodes the tile
+    anew costs little: vector units do it while the matrix units work or wait for weights.
     """
-    if transposed:
-        return _dot(x, weight[...], ((1,), (1,)))
     if not isinstance(weight, QuantizedArray):
         return _dot(x, weight[...], ((1,), (0,)))
-    num_scales = weight.scales.shape[0]
-    chunk = x.shape[1] // num_scales
+    numbers_per_scale = x.shape[1] // weight.scales.shape[0]
+    if x.shape[0] > numbers_per_scale:
+        return _dot(x, _decode(weight, x.dtype, numbers_per_scale), ((1,), (0,)))
     product = 0.0
-    for nth in range(num_scales):
-        part = slice(nth * chunk, (nth + 1) * chunk)
+    for nth, start in enumerate(range(0, x.shape[1], numbers_per_scale)):
+        part = slice(start, start + numbers_per_scale)
         sums = _dot(x[:, part], weight.values[part, :].astype(x.dtype), ((1,), (0,)))
         product += sums * weight.scales[nth : nth + 1, :]
     return product
 
 
-def _decode_tile(weight: QuantizedArray, tile: Array, first_row: Array, num_rows: int) -> None:
-    """Writes rows of a quantised matrix as numbers of the tile's dtype: where the scales lie on the contracted axis.
+def _product_transposed(x: Array, weight, first_col: Array, width: int) -> Array:
+    """Returns the float32 product of rows [rows, depth] and a tile [cols, depth], plain or quantised.
 
     Args:
-        weight: values of the tile, scales of all rows.
-        first_row: which row of the matrix is the tile's first.
-        num_rows: rows of the matrix.
+        first_col: which of the `width` columns of the result is the tile's first: scales are those of all columns.
     """
-    num_scales = weight.scales.shape[0]
-    rows_per_scale = num_rows // num_scales
-    chunk = math.gcd(rows_per_scale, tile.shape[0])
+    if not isinstance(weight, QuantizedArray):
+        return _dot(x, weight[...], ((1,), (1,)))
+    return _dot(x, _decode(weight, x.dtype, width // weight.scales.shape[0], first_col), ((1,), (1,)))
 
-    def decode(i):
-        rows = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
-        nth = jnp.minimum((first_row + i * chunk) // rows_per_scale, num_scales - 1)
-        values = weight.values[rows, :].astype(jnp.float32)
-        tile[rows, :] = (values * weight.scales[pl.ds(nth, 1), :]).astype(tile.dtype)
 
-    _for(tile.shape[0] // chunk, decode)
+def _decode(weight: QuantizedArray, dtype: jnp.dtype, rows_per_scale: int, first_row: Array | int = 0) -> Array:
+    """Returns a tile of quantised weights as numbers.
+
+    Args:
+        rows_per_scale: rows of the matrix that share a row of scales.
+        first_row: which row of the matrix is the tile's first: scales are those of all rows.
+    """
+    num_rows, num_scales = weight.values.shape[0], weight.scales.shape[0]
+    step = math.gcd(rows_per_scale, num_rows) if num_scales > 1 else num_rows
+    parts = []
+    for start in range(0, num_rows, step):
+        nth = jnp.minimum((first_row + start) // rows_per_scale, num_scales - 1)
+        values = weight.values[start : start + step, :].astype(jnp.float32)
+        parts.append((values * weight.scales[pl.ds(nth, 1), :]).astype(dtype))
+    return jnp.concatenate(parts)
 
 
 class OuterSteps(NamedTuple):
@@ -329,7 +344,7 @@ class OuterSteps(NamedTuple):
 
 
 def list_outer_steps(groups: Groups, num_rows: int, strip: int) -> tuple[OuterSteps, Int[Array, ""]]:
-    """Returns the steps of `outer_products` and their number: the strips of each group, one for a group without rows."""
+    """Returns the steps of `outer_products`, and how many: the strips of each group, one for a group without rows."""
     num_groups, num_strips = groups.start_e.shape[0], pl.cdiv(num_rows, strip)
     first_e = jnp.minimum(groups.start_e // strip, num_strips - 1)
     visits_e = jnp.where(groups.end_e > groups.start_e, (groups.end_e - 1) // strip - first_e + 1, 1)
@@ -341,9 +356,7 @@ def list_outer_steps(groups: Groups, num_rows: int, strip: int) -> tuple[OuterSt
     return jax.tree.map(lambda table: table.astype(jnp.int32), steps), end_e[-1].astype(jnp.int32)
 
 
-def outer_products(
-    rows_RD: Array, others_RF: Array, groups: Groups, num_groups: int, interpret: bool = False
-) -> Array:
+def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_groups: int, interpret: bool = False) -> Array:
     """Returns the sum over each group's rows of `outer(row, other)`, [e, D, F]; zeros for groups without rows."""
     (num_rows, depth), width, dtype = rows_RD.shape, others_RF.shape[1], rows_RD.dtype
     t = tiles.outer_tiles(num_rows, num_groups, depth, width, dtype.itemsize)
@@ -395,7 +408,7 @@ def outer_products(
             transcendentals=0,
         ),
         interpret=INTERPRET if interpret else False,
-        name="groupedouter_products",
+        name="grouped_outer_products",
     )(steps, rows_RD, others_RF)
 
 
@@ -474,10 +487,6 @@ def grouped_swiglu(rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset=None, 
     return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, group_sizes_E.shape[0], interpret)
 
 
-interpreted_grouped_matmul = functools.partial(grouped_matmul, interpret=True)
-interpreted_grouped_swiglu = functools.partial(grouped_swiglu, interpret=True)
-
-
 def refuse(rows_RD, *weights_and_groups) -> str | None:
     """Returns why the kernels cannot serve a call, None if they can."""
     return refuse_platform() or refuse_interpreted(rows_RD, *weights_and_groups)
@@ -485,11 +494,18 @@ def refuse(rows_RD, *weights_and_groups) -> str | None:
 
 def refuse_interpreted(rows_RD, *weights_and_groups) -> str | None:
     """Returns why the kernels cannot serve a call on any platform."""
-    *weights, group_sizes_E, _ = weights_and_groups
-    if rows_RD.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"rows are {rows_RD.dtype}, not float32 or bfloat16"
-    if isinstance(weights[0], QuantizedArray) and weights[0].scales.shape[1] > 1:
-        group_size = weights[0].shape[1] // weights[0].scales.shape[1]
-        if group_size % 32:
-            return f"scales for groups of {group_size} rows: tiles of 8-bit numbers need a multiple of 32"
+    *weights, _, _ = weights_and_groups
+    (num_rows, D), (_, _, F), dtype = rows_RD.shape, weights[0].shape, rows_RD.dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"rows are {dtype}, not float32 or bfloat16"
+    if 0 in (num_rows, D, F):
+        return "there is nothing to multiply"
+    if isinstance(weights[0], QuantizedArray):
+        group_size = D // weights[0].scales.shape[1]
+        if group_size < D and group_size % 128:
+            return f"scales for groups of {group_size} numbers; a register has 128 lanes, groups need a multiple of it"
+    gradients = [jax.ShapeDtypeStruct((num_rows, F), dtype)] * len(weights)
+    for rows, transposed, num_results in (([rows_RD], False, 2 * len(weights) - 1), (gradients, True, 1)):
+        if row_tiles_for(rows, weights, 1, transposed, num_results) is None:
+            return f"tiles of weights [{D}, {F}] in {weights[0].dtype} and rows in {dtype} do not fit in fast memory"
     return None

@@ -1,8 +1,9 @@
 """Routed expert matmuls by XLA alone, made for CPU: a loop over the groups that have rows, and over their row blocks.
 
-A group's matrix is sliced once, and dequantised if need be (never more than one group's at a time); its rows go through in big blocks and the remainder in small ones, so few padding rows
-are computed. Trip counts are dynamic: an empty group costs nothing, and its weights are never read. A dynamic loop has
-no reverse mode, so the gradients are written out, as the same kind of loop.
+A group's matrix is sliced once (and dequantised, one group's at a time); its rows go through in big blocks and the
+remainder in small ones, so few padding rows are computed. Trip counts are dynamic: an empty group costs nothing, and
+its weights are never read. A dynamic loop has no reverse mode, so the gradients are written out, as the same kind of
+loop.
 
 Each block of `block` rows reads the group's matrix again (from cache), so blocks are as large as the mean group; the
 ideal is every matrix once and every row once. `lax.ragged_dot` is 13 times slower here: XLA:CPU computes every expert

@@ -11,10 +11,11 @@ from flax import nnx
 from l4jax import ops
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
-from l4jax.ops import attention as attention_module
 from l4jax.ops import experts as experts_module
+from l4jax.ops import self_attention as attention_module
 from l4jax.sharding import SERVING, TRAINING, make_mesh, named_sharding, use_rules
-from l4jax.train.loss import head_losses, masked_mean, next_token_targets
+from l4jax.train.loss import head_losses, masked_sum, next_token_targets
+from l4jax.train.step import BATCH_AXES
 from tests.oracle import small_config
 
 B, T, CHUNK, PATCH = 8, 64, 8, 271
@@ -27,12 +28,6 @@ MESHES = [
     {"context": 8},
     {"context": 2, "expert": 2, "tensor": 2},
 ]
-BATCH_AXES = {
-    "ids": ("batch", "length"),
-    "positions": ("batch", "length"),
-    "segment_ids": ("batch", "length"),
-    "tiles": ("batch", None, None, None, None),
-}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +70,8 @@ def loss_of(model, batch, remat="none"):
     mask = jnp.ones(batch["ids"].shape, bool) if segment_ids is None else segment_ids > 0
     segments = jnp.ones(batch["ids"].shape, jnp.int32) if segment_ids is None else segment_ids
     targets, counts = next_token_targets(batch["ids"], segments, mask)
-    return masked_mean(head_losses(hidden, model.lm_head.kernel[...], targets).losses, counts)[0], load
+    losses = head_losses(hidden, model.lm_head.kernel[...], targets).losses
+    return masked_sum(losses, counts) / counts.sum(), load
 
 
 def loss_and_gradients(config, params, batch, remat="none"):
@@ -90,9 +86,8 @@ def loss_and_gradients(config, params, batch, remat="none"):
 def place(config, params, batch, mesh):
     shardings = param_shardings(abstract_model(config, dtype=jnp.float32, scan_layers=True), mesh)
     placed = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
-    return placed, {
-        name: jax.device_put(value, named_sharding(mesh, BATCH_AXES[name], value.shape)) for name, value in batch.items()
-    }
+    places = {name: named_sharding(mesh, BATCH_AXES[name], value.shape) for name, value in batch.items()}
+    return placed, jax.device_put(batch, places)
 
 
 def on_mesh(sizes, config, params, batch, function, rules=TRAINING):
@@ -130,7 +125,9 @@ def test_plain_rows_without_segments(config, params, batch, sizes):
     assert_close(on_mesh(sizes, config, params, plain, lambda p, b: loss_and_gradients(config, p, b)), wanted)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 2, "expert": 2, "tensor": 2}, {"context": 8}, {"data": 2, "fsdp": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "expert": 2, "tensor": 2}, {"context": 8}, {"data": 2, "fsdp": 2, "expert": 2}], ids=str
+)
 def test_prefill_in_pieces_and_decoding_over_an_edge(config, params, batch, sizes):
     abstract = abstract_model(config, dtype=jnp.float32, scan_layers=True)
     ids = batch["ids"][:, :40]

@@ -19,6 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -177,16 +178,14 @@ def _attend(chunk_size, q, k, v, q_positions, kv_positions, q_segment_ids, kv_se
 
 def _with_halo(arrays, num_devices: int, width: int):
     """Returns keys, values, positions and segment ids of this device's two blocks, each behind the end of the block
-    that comes before it in the sequence. What comes before the first block belongs to no segment."""
+    that comes before it in the sequence."""
     first, second = ([x[:, half] for x in arrays] for half in _halves(arrays[0].shape[1]))
-    ends = [x[:, -width:] for x in first], [x[:, -width:] for x in second]
-    me, last = lax.axis_index("context"), num_devices - 1
-    up = [(i, i + 1) for i in range(last)]
-    before_first = [lax.ppermute(x, "context", up) for x in ends[0]]  # zeros on device 0: segment 0
-    before_second = [
-        jnp.where(me == last, own, lax.ppermute(x, "context", [(j, i) for i, j in up]))
-        for x, own in zip(ends[1], ends[0], strict=True)
-    ]
+    up = [(i, i + 1) for i in range(num_devices - 1)]
+    down = [(j, i) for i, j in up]
+    # Who is sent nothing gets zeros, which are of no segment: before block 0 there is nothing, and the block before
+    # block c is on the same device.
+    before_first = [lax.ppermute(x[:, -width:], "context", up) for x in first]
+    before_second = [lax.ppermute(x[:, -width:], "context", down) for x in second]
     parts = zip(before_first, first, before_second, second, strict=True)
     return [jnp.concatenate(part, axis=1) for part in parts]
 
@@ -213,7 +212,7 @@ def _ring_forward(num_devices, q, k, v, positions, segment_ids):
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf), k, v, positions, segment_ids
     (out, lse, *_), _ = lax.scan(visit, start, None, length=num_devices)
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name(out.astype(q.dtype), "attention"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, positions, segment_ids, out, lse)
 
 

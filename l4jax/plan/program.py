@@ -1,0 +1,151 @@
+"""The step itself, compiled for devices that are not here: the same functions that train and serve run.
+
+Memory, collectives and FLOPs are facts of the compiled program. Times are not: they are these, divided by published
+peaks.
+"""
+
+import math
+import re
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from l4jax.inference.engine import Engine
+from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
+from l4jax.ops.experts import ROOM
+from l4jax.plan.arithmetic import Bound, Job, serving_model
+from l4jax.plan.chips import DCN_BANDWIDTH, Chip
+from l4jax.plan.hlo import Cost, Program
+from l4jax.sharding import make_mesh, named_sharding, use_rules
+from l4jax.topology import topology_devices
+from l4jax.train.config import OptimizerConfig, ParallelConfig
+from l4jax.train.optimizer import make_optimizer
+from l4jax.train.state import new_state, state_shardings
+from l4jax.train.step import BATCH_AXES, make_train_step
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said about a step, per device."""
+
+    fits: bool
+    refusal: str | None
+    """Why it does not fit, in the compiler's words."""
+    seconds: float
+    """Of tracing and compiling."""
+    host_bytes: int
+    """Peak memory of this process."""
+    by_kind: dict[str, int] = field(default_factory=dict)
+    """Bytes of arguments: weights, optimizer, cache, inputs."""
+    peak_bytes: int = 0
+    cost: Cost | None = None
+    program: Program | None = None
+
+    def bound(self, chip: Chip) -> Bound:
+        """Returns the least time of a step, by the FLOPs, bytes and collectives of the program."""
+        network = 0.0
+        for (_, _, crosses_slices), size in self.cost.collectives.items():
+            # A ring in both directions along one dimension of the torus; most axes could use more.
+            network += size / (DCN_BANDWIDTH if crosses_slices else 2 * chip.link_bandwidth)
+        return Bound(self.cost.flops / chip.bf16_flops, self.cost.bytes / chip.hbm_bandwidth, network)
+
+
+def compile_job(job: Job, mesh: Mesh) -> Compiled:
+    """Compiles the step of a job for the devices of a mesh."""
+    started = time.monotonic()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), use_rules(job.rules):
+        build = _training if job.mode == "train" else _serving
+        step, arguments, kinds = build(job, mesh)
+        by_kind = {kind: _bytes_of(tree) for kind, tree in kinds.items()}
+        lowered = step(*arguments)
+    fits, refusal, compiled = True, None, None
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fits, refusal = False, " ".join(str(error).split())[:400]
+    seconds, host = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if compiled is None:
+        needed = re.search(r"\(?([\d.]+)([GM])\)? exceeds", refusal)
+        peak = round(float(needed[1]) * (1 << (30 if needed[2] == "G" else 20))) if needed else 0
+        return Compiled(fits, refusal, seconds, host, by_kind, peak)
+    slices = {device.id: getattr(device, "slice_index", 0) for device in mesh.devices.flat}
+    order = [device.id for device in mesh.devices.flat]  # the program numbers devices by their place in the mesh
+    program = Program(compiled.as_text(), {place: slices[number] for place, number in enumerate(order)})
+    cost = program.cost(kernel_share)
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    return Compiled(fits, refusal, seconds, host, by_kind, peak, cost, program)
+
+
+def kernel_share(name: str) -> float:
+    """Returns which part of a kernel's own estimate is real work: rows of experts come into room for `ROOM` times as
+    many, and the kernel skips what is empty."""
+    return 1 / ROOM if "shard_map/while" in name and "grouped" in name else 1.0
+
+
+def _bytes_of(tree: Any) -> int:
+    """Returns the bytes of one device's part of a tree of abstract arrays, in the memory of the device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if getattr(leaf.sharding, "memory_kind", None) == "pinned_host":
+            continue
+        bits = 4 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize * 8
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
+    return total
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _training(job: Job, mesh: Mesh):
+    parallel = ParallelConfig(
+        remat=job.remat,
+        microbatches=job.microbatches,
+        compute_dtype=job.dtype,
+        first_moment_dtype=job.first_moment_dtype,
+        offload_optimizer=job.offload_optimizer,
+    )
+    settings = OptimizerConfig(learning_rate=1e-4, warmup_steps=100)
+    optimizer = make_optimizer(settings, 1000, parallel.first_moment_dtype)
+    shardings = state_shardings(job.config, optimizer, mesh, offload=parallel.offload_optimizer)
+    model = abstract_model(job.config, dtype=jnp.float32)
+    params = nnx.to_pure_dict(nnx.state(model))
+    state = _placed(jax.eval_shape(lambda p: new_state(job.config, optimizer, p), params), shardings)
+    step = make_train_step(nnx.graphdef(model), optimizer, parallel, 1e-3, shardings)
+    batch: dict[str, Any] = {"tiles": None}
+    for name, dtype in (("ids", "int32"), ("positions", "int32"), ("segment_ids", "int32"), ("loss_mask", "bool")):
+        shape = (job.batch, job.length)
+        place = named_sharding(mesh, BATCH_AXES[name], shape)
+        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    kinds = {"weights": state.params, "optimizer": state.opt_state, "inputs": batch}
+    return step.lower, (state, batch), kinds
+
+
+def _serving(job: Job, mesh: Mesh):
+    model = serving_model(job)
+    model = with_params(model, _placed(flat_params(model), param_shardings(model, mesh)))
+    engine = Engine(model, max_len=job.length, mesh=mesh)
+    rows = job.batch if job.mode == "decode" else 1
+    cache = model.abstract_cache(rows, job.length, mesh)
+    kinds = {"weights": engine.params, "cache": cache.layers}
+    if job.mode == "prefill":
+        return (lambda: engine.lower_prefill(job.piece)), (), kinds
+    return (lambda: engine.lower_decode(rows)), (), kinds
+
+
+def mesh_for(topology: str, num_slices: int, sizes: Mapping[str, int]) -> Mesh:
+    """Returns the mesh of a topology's devices.
+
+    Raises:
+        ValueError: there is no such topology, or it has too few devices.
+    """
+    return make_mesh(topology_devices(topology, num_slices), **sizes)
