@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROW_TOKENS = 8192  # of a row where no config says it
 BAR = 40  # columns of the longest bar
-SHOWN_CHARACTERS = 400  # of an example, in the terminal
+SHOWN_CHARACTERS = 600  # of an example, in the terminal
 SHOWN_VALUES = 12  # of a field
 
 

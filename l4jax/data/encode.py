@@ -101,7 +101,9 @@ class Encoder:
             return [example]
         much = f"{tokens:,} tokens" if tokens > self.row_tokens else f"{tiles} tiles"
         room = f"data.row_tokens={self.row_tokens}" if tokens > self.row_tokens else f"data.row_tiles={self.row_tiles}"
-        if self.long_documents != "split":
+        if self.long_documents == "drop":
+            mend = "raise it to keep such documents"
+        elif self.long_documents == "error":
             mend = "raise it, or set data.long_documents to split or drop"
         elif document.messages is not None:
             mend = (

@@ -16,7 +16,7 @@ from l4jax.data.survey import FIELDS, Span, Survey, histogram, size_line, spans
 from l4jax.processing.chat import Processor
 
 TILE_HEIGHT, SHOWN_TILES = 84, 34  # pixels on the page; tiles of an example
-SHOWN_TOKENS = 700  # of an example
+SHOWN_CHARACTERS = 2000  # of the text of an example
 SHOWN_VALUES = 24  # of a field
 ROW_WIDTH, ROW_HEIGHT = 1000, 22  # of a packed row, in SVG units
 COLOURS = {"learned text": "#5fae7b", "other text": "#c9d2df", "control": "#8b97a8", "tile": "#f0a13c"}
@@ -129,17 +129,17 @@ def examples_section(found: Survey, processor: Processor) -> str:
 
 def example_card(title: str, example: Example, processor: Processor) -> str:
     """Returns one document: its title, its tokens as marked text, and its tiles."""
-    pieces, tokens, names = [], 0, []
+    pieces, room, names = [], SHOWN_CHARACTERS, []
     for span in spans(example, processor):
         if span.kind == "tile":
             names.append(span.text)
-        if tokens <= SHOWN_TOKENS:
+        if room > 0:
             kind = f"{span.kind} learned" if span.learned else span.kind
-            text = f"tile {span.text}" if span.kind == "tile" else span.text[: SHOWN_TOKENS * 8]
+            text = f"tile {span.text}" if span.kind == "tile" else span.text[:room]
             pieces.append(f'<span class="{kind}">{report.escape(text)}</span>')
-        tokens += span.tokens
-    if tokens > SHOWN_TOKENS:
-        pieces.append(f'<span class="control"> ... {tokens:,} tokens in all</span>')
+        room -= len(span.text)
+    if room < 0:
+        pieces.append(f'<span class="control"> ... {len(example.ids):,} tokens in all</span>')
     tiles = [
         report.framed(Image.fromarray(tile.transpose(1, 2, 0)), TILE_HEIGHT, name)
         for tile, name in zip(example.tiles[:SHOWN_TILES], names, strict=False)

@@ -54,8 +54,13 @@ class SourceSurvey:
     """Tokens and tiles of what each comes to rows as; nothing if it does not fit."""
     places: list[int] = field(default_factory=list)
     """Index of each in the source."""
+    kinds: list[tuple] = field(default_factory=list)
+    """Of each: its capability, whether it is a conversation, whether it has pictures."""
     malformed: Problems = field(default_factory=Problems)
     too_long: Problems = field(default_factory=Problems)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.tiles[index], self.tokens[index]
 
 
 @dataclass
@@ -197,6 +202,7 @@ def _look_at(
     mine.learned.append(int(example.loss_mask.sum()))
     mine.tiles.append(len(example.tiles))
     mine.places.append(index)
+    mine.kinds.append((document.capability, document.messages is not None, len(example.tiles) > 0))
     for name in FIELDS:
         value = getattr(document, name) or "(none)"
         documents_by[name][value] += 1
@@ -206,14 +212,27 @@ def _look_at(
 def _examples(
     found: Sequence[SourceSurvey], streams: Mapping[str, Stream], encoder: Encoder
 ) -> Iterator[tuple[str, Example]]:
-    """Yields a few documents of all sources, from those with the fewest tiles and tokens to those with the most."""
+    """Yields a few documents of all sources: of each kind if there are not too many, from small to large."""
     each = -(-SHOWN_EXAMPLES // len(found))
     for source in found:
-        by_size = sorted(zip(source.tiles, source.tokens, source.places, strict=True))
-        last = len(by_size) - 1
-        for place in sorted({by_size[round(last * i / max(each - 1, 1))][2] for i in range(each)} if by_size else ()):
-            document = streams[source.name].documents[place]
+        for index in sorted(_varied(source, each), key=source.size):
+            document = streams[source.name].documents[source.places[index]]
             yield f"{source.name}: {document.where}" if len(found) > 1 else document.where, encoder.encode(document)
+
+
+def _varied(source: SourceSurvey, count: int) -> list[int]:
+    """Returns the numbers of at most `count` documents: by turns of each kind, and of many sizes."""
+    of_kind: dict[tuple, list[int]] = {}
+    for index in sorted(range(len(source.kinds)), key=source.size):
+        of_kind.setdefault(source.kinds[index], []).append(index)
+    kinds = sorted(of_kind.values(), key=len, reverse=True)
+    turns = [kind for turn in range(count) for kind in range(len(kinds)) if turn < len(kinds[kind])][:count]
+    shares = Counter(turns)
+    return [
+        kinds[kind][place]
+        for kind, share in shares.items()
+        for place in (spread(len(kinds[kind]), share) if share > 1 else [len(kinds[kind]) // 2])
+    ]
 
 
 def _pack(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from l4jax.cli import main
+from l4jax.data.config import DataConfig, SourceConfig
 from l4jax.data.encode import Encoder
 from l4jax.data.sources import open_source
-from l4jax.data.survey import Span, histogram, spans
+from l4jax.data.survey import Span, histogram, spans, survey
 
 SMALL = """
 seed: 0
@@ -120,6 +121,21 @@ def test_terminal_output_shows_what_the_model_sees(capsys, write_config, many_do
     for piece in ("<|image_start|>[tile:1]<|tile_x_separator|>[tile:2]", "packed into rows of 160 tokens", "vqa"):
         assert piece in text
     assert out.count("of them learned") == 5
+
+
+def test_examples_are_of_each_kind_however_rare(write_jsonl, write_picture, processor, tmp_path):
+    picture = {"type": "image", "path": write_picture("a.png")}
+    rare = [
+        {"content": [picture, {"type": "text", "text": "seen"}]},
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
+        {"text": "1+1=2", "capability": "arithmetic"},
+    ]
+    path = write_jsonl([*rare, *({"text": "x" * i} for i in range(1, 90))])
+    data = DataConfig(sources={"docs": SourceConfig(path=str(path))}, rows=1, row_tokens=100, row_tiles=1)
+    found = survey(data, processor, seed=0, directory=tmp_path)
+    shown = [int(title.rpartition(":")[2]) for title, _ in found.examples]
+    assert {1, 2, 3} < set(shown)
+    assert len(set(shown)) == 5
 
 
 def test_the_page_is_complete_and_needs_nothing_else(capsys, tmp_path, write_jsonl, write_picture):

@@ -94,7 +94,9 @@ def test_long_documents_stop_or_are_dropped(parse, make, write_picture):
     text = parse(text="x" * 50)
     with pytest.raises(DocumentError, match=r"^data.jsonl:7: it has 52 tokens, a row has room for data.row_tokens=40;"):
         make(40)(text)
-    assert make(40, long_documents="drop")(text).reason.startswith("data.jsonl:7: it has 52 tokens")
+    reason = make(40, long_documents="drop")(text).reason
+    assert reason.startswith("data.jsonl:7: it has 52 tokens")
+    assert reason.endswith("raise it to keep such documents")
     picture = parse(content=[{"type": "image", "path": write_picture("a.png", (56, 56))}])
     with pytest.raises(DocumentError, match=r"^data.jsonl:7: it has 5 tiles, a row has room for data.row_tiles=4;"):
         make(row_tiles=4)(picture)
