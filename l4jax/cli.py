@@ -34,6 +34,11 @@ VERBS = {
     "train": Verb(
         "l4jax.train.cli", "run what a config file describes, or go on with it", "l4jax train configs/demo.yaml"
     ),
+    "data": Verb(
+        "l4jax.data.cli",
+        "what is in a file of documents or a mixture, what cannot be read, and what the model will see of it",
+        "l4jax data web.jsonl --html web.html",
+    ),
     "convert": Verb(
         "l4jax.checkpoint.convert",
         "Hugging Face or Meta weights to an l4jax checkpoint, and back; resumable, verified",
@@ -73,7 +78,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:
         self._given = [argument.split("=")[0] for argument in arguments]
-        return super().parse_args(arguments)
+        # Flags may stand between `KEY=VALUE` words, and before them.
+        return super().parse_intermixed_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         # argparse would first complain of the required flag that the misspelt one should have been.

@@ -140,6 +140,27 @@ def curve(xs: Sequence[float], ys: Sequence[float], caption: str, *, low: float 
     return figure(WIDTH, HEIGHT, parts, caption)
 
 
+def bars(counts: Sequence[tuple[str, int]], caption: str) -> str:
+    """Returns a histogram as a figure: a bar for each `(name, count)`, the count above it."""
+    most = max((count for _, count in counts), default=0) or 1
+    wide = (WIDTH - 2 * RIGHT) / max(len(counts), 1)
+    parts = []
+    for i, (name, count) in enumerate(counts):
+        tall = (HEIGHT - TOP - 16 - BOTTOM) * count / most
+        x, y, middle = RIGHT + i * wide, HEIGHT - BOTTOM - tall, RIGHT + (i + 0.5) * wide
+        parts.append(
+            f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{max(wide - 2, 1):.1f}" height="{tall:.1f}" fill="{ACCENT}">'
+            f"<title>{escape(name)}: {count:,}</title></rect>"
+            f'<text x="{middle:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{escape(name)}</text>'
+        )
+        if count:
+            parts.append(f'<text x="{middle:.1f}" y="{y - 5:.1f}" text-anchor="middle">{short(count)}</text>')
+    parts.append(
+        f'<line x1="{RIGHT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}" stroke="{GRID}"/>'
+    )
+    return figure(WIDTH, HEIGHT, parts, caption)
+
+
 def short(number: float) -> str:
     """Returns a number as an axis writes it: 12k, 0.002, 40."""
     if abs(number) >= 1000:
@@ -148,7 +169,7 @@ def short(number: float) -> str:
 
 
 def figure(width: float, height: float, parts: Sequence[str], caption: str) -> str:
-    """Returns SVG parts as a figure with a caption."""
+    """Returns SVG elements as a figure that is as wide as its column."""
     drawing = (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(caption)}">{"".join(parts)}</svg>'
     )

@@ -10,7 +10,11 @@ from l4jax.cli import main
 from l4jax.train.evaluate import ReadingScore
 from l4jax.train.metrics import read_metrics
 
-SMALL = ["steps=4", "log_every=1", "data.train_scenes=40", "data.warm_up_scenes=8", "data.eval_scenes=8", "data.rows=2"]
+DIGITS = "data.sources.scenes.digits"
+SMALL = [
+    *("steps=4", "log_every=1", "data.rows=2"),
+    *(f"{DIGITS}.train_scenes=40", f"{DIGITS}.warm_up_scenes=8", f"{DIGITS}.eval_scenes=8"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,8 @@ class TrainStore:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: its files are missing or cut; the message names the steps that are left.
+            ValueError: its files are missing or cut, the message names the steps that are left; or it was saved by
+                another number of processes, so that none has the place of this one in the data.
         """
         step = self.latest_step() if step is None else step
         steps = self._manager.all_steps()
@@ -101,6 +102,7 @@ class TrainStore:
             check_sizes(folder, read_manifest(folder))
         items = {"state": ocp.args.StandardRestore(abstract_state), "extra": ocp.args.JsonRestore()}
         if data_iterator is not None:
+            _check_processes(folder / "data")
             items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return restored["state"], step, restored["extra"]
@@ -149,6 +151,17 @@ def _seal(folder: Path, finished: threading.Event) -> None:
         pass
     if folder.is_dir():  # else the save failed, and `wait` says so
         write_manifest(folder, {})
+
+
+def _check_processes(folder: Path) -> None:
+    """Checks that this process finds its own place in the data."""
+    saved = {int(file.stem.rpartition("-of-")[2]) for file in folder.glob("process_*-of-*.json")}
+    if saved and jax.process_count() not in saved:
+        (count,) = saved
+        raise ValueError(
+            f"{folder} was saved by {count} processes, here there are {jax.process_count()}; each has read its "
+            f"own part of the data, so go on with {count}, or start anew from the weights"
+        )
 
 
 class Interruption:

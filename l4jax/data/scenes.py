@@ -125,7 +125,9 @@ class SceneSource:
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         # The picture stays as PNG bytes here: TFDS would open it with OpenCV, or warn that there is none.
         decoders = {"image": tfds.decode.SkipDecoding()}
-        self._examples = builder.as_data_source(split, decoders=decoders)
+        # A builder read from its directory can be pickled; ours, which takes arguments of its own, cannot.
+        written = tfds.builder_from_directory(builder.data_dir)
+        self._examples = written.as_data_source(split, decoders=decoders)
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from l4jax.train.evaluate import BatchAnswerer, ReadingScore
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
-FAST = ("steps=30", "log_every=3", "data.train_scenes=600", "data.warm_up_scenes=200", "data.eval_scenes=64")
+DIGITS = "data.sources.scenes.digits"
+FAST = (
+    *("steps=30", "log_every=3"),
+    *(f"{DIGITS}.train_scenes=600", f"{DIGITS}.warm_up_scenes=200", f"{DIGITS}.eval_scenes=64"),
+)
 READING = "what is written?"
 
 
@@ -40,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
     from l4jax.data.scenes import QUESTIONS
     from l4jax.demo.sections import write_demo_report
     from l4jax.train.config import load_run_config
-    from l4jax.train.data import RunData
+    from l4jax.train.data import RunData, digits_settings
     from l4jax.train.loop import train
 
     console = Console(highlight=False)
     settings = [f"seed={args.seed}", *(FAST if args.fast else ()), *args.settings]
     config = load_run_config(CONFIG, settings)
-    console.print(f"building {config.data.train_scenes:,} scenes of real handwritten digits")
+    console.print(f"building {digits_settings(config).train_scenes:,} scenes of real handwritten digits")
     data = RunData(config, args.out / "data")
 
     trained = train(config, data.training_batches(), args.out, resume=args.resume, console=console)
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return interrupted(trained.interrupted_by, trained.steps)
 
     model = save_and_reload(trained.model(), args.out / "model")
-    scenes = [data.eval_scene(index) for index in range(config.data.eval_scenes)]
+    scenes = data.eval_scenes()
     console.print(f"saved and reloaded {args.out / 'model'}; reading {len(scenes):,} scenes it never saw")
     answerer = make_answerer(model)
     answers = {q: answerer.answer([prompt(image, q) for image, _ in scenes]) for q in QUESTIONS}

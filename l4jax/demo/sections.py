@@ -16,6 +16,7 @@ from l4jax.inference.loaded import LoadedModel
 from l4jax.model.params import flat_params
 from l4jax.processing.image import tile_boxes
 from l4jax.train.config import RunConfig, run_config_to_dict
+from l4jax.train.data import digits_settings
 from l4jax.train.evaluate import ReadingScore
 from l4jax.train.metrics import read_metrics
 
@@ -56,7 +57,7 @@ def write_demo_report(
         (f"{active / 1e6:.1f} of {total / 1e6:.1f} M", "parameters are at work on a token"),
         (f"{seconds / 60:.1f} min", f"for everything, {config.steps:,} training steps among it"),
     ]
-    held_out = "black pictures" if config.data.blank_images else "pictures"
+    held_out = "black pictures" if digits_settings(config).blank_images else "pictures"
     subtitle = (
         f"Trained on scenes composed of {NUM_TRAIN:,} real handwritten digits, saved, reloaded, and asked about "
         f"{held_out} made of digits that it never saw. Seed {config.seed}."

@@ -5,6 +5,7 @@ tokens are put between the pieces, so nothing that a user writes can end a turn.
 `<|image_start|>`, its tiles of `<|patch|>` with separators, one view of the whole, `<|image_end|>`.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Encoded:
     grids: tuple[tuple[int, int], ...]
     """Rows and columns of tiles, per picture."""
     answer_mask: Bool[np.ndarray, "T"]
-    """True where the assistant speaks, end of turn included: the tokens to learn in fine-tuning."""
+    """True on the tokens to learn: what the assistant says, end of turn included, or all text of a document."""
     num_patch_tokens: int
     """How many of the ids stand for parts of pictures."""
 
@@ -115,7 +116,8 @@ class Processor:
         Args:
             messages: dicts with `role` (system, user, assistant, tool or ipython) and `content`: text, or a list of
                 `{"type": "text", "text"}`, `{"type": "image", "path" or "image"}`,
-                `{"type": "video", "path" or "frames"}`. An assistant message may hold `tool_calls`.
+                `{"type": "video", "path" or "frames"}`, frames with their `fps` if it is not 1. An assistant message
+                may hold `tool_calls`, and `"train": False` if it is not to be learned.
             tools: functions that the model may call, as JSON schemas; they are described in the system message.
             add_generation_prompt: whether to end with the assistant's header, for the model to go on.
 
@@ -155,6 +157,20 @@ class Processor:
             draft.text(piece)
         return draft.finish()
 
+    def encode_document(self, content: str | Sequence[Mapping[str, Any]]) -> Encoded:
+        """Returns text and pictures without roles, as pre-training takes them: BOS, content, `<|end_of_text|>`.
+
+        Raises:
+            ValueError: the content has another form than that of a message, or a picture cannot be read.
+            FileNotFoundError: there is no such picture.
+        """
+        draft = _Draft(self)
+        draft.control("<|begin_of_text|>")
+        draft.is_learned = True
+        self._add_content(draft, content)
+        draft.control("<|end_of_text|>")
+        return draft.finish()
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids`, by default without control tokens."""
         return self.tokenizer.decode(ids, skip_special=skip_special)
@@ -166,7 +182,7 @@ class Processor:
         # Tool results come under the name of the interpreter that Llama's training data had.
         role = "ipython" if role == "tool" else role
         draft.header(role)
-        draft.speaker_is_model = role == "assistant"
+        draft.is_learned = role == "assistant" and message.get("train") is not False
         self._add_content(draft, message.get("content"))
         calls = message.get("tool_calls") or ()
         if calls and (role != "assistant" or not isinstance(calls, list | tuple)):
@@ -175,7 +191,7 @@ class Processor:
             draft.text(piece)
         # A call waits for its result, and a result for the model's next words: the turn is not over.
         draft.control("<|eom|>" if calls or role == "ipython" else "<|eot|>")
-        draft.speaker_is_model = False
+        draft.is_learned = False
 
     def _add_content(self, draft: "_Draft", content: Any) -> None:
         if content is None or isinstance(content, str):
@@ -190,7 +206,10 @@ class Processor:
                 draft.image(item["path"] if "path" in item else item["image"], self.max_tiles)
             elif kind == "video" and ("path" in item or "frames" in item):
                 source = item["path"] if "path" in item else item["frames"]
-                for frame in load_video(source, max_frames=self.max_frames):
+                fps = item.get("fps", 1.0)
+                if not isinstance(fps, int | float) or not 0 < fps < math.inf:
+                    raise ValueError(f"fps={fps!r} of a video must be a number above 0, in frames a second")
+                for frame in load_video(source, max_frames=self.max_frames, frames_per_second=fps):
                     draft.text(frame.stamp)
                     draft.image(frame.image, 1)
             else:
@@ -222,17 +241,17 @@ class _Draft:
         self._answer: list[bool] = []
         self._tiles: list[np.ndarray] = []
         self._grids: list[tuple[int, int]] = []
-        self.speaker_is_model = False
+        self.is_learned = False
 
-    def _add(self, ids: list[int]) -> None:
+    def _add(self, ids: list[int], *, is_learned: bool) -> None:
         self._ids += ids
-        self._answer += [self.speaker_is_model] * len(ids)
+        self._answer += [is_learned] * len(ids)
 
     def text(self, text: str) -> None:
-        self._add(self._tokenizer.encode(text))
+        self._add(self._tokenizer.encode(text), is_learned=self.is_learned)
 
     def control(self, name: str) -> None:
-        self._add([self._tokenizer.special[name]])
+        self._add([self._tokenizer.special[name]], is_learned=self.is_learned)
 
     def header(self, role: str) -> None:
         self.control("<|header_start|>")
@@ -244,7 +263,8 @@ class _Draft:
         if self._vision is None:
             raise ValueError("this model reads only text (it has no vision_config); leave the pictures out")
         tiled = tile_image(load_image(source), image_size=self._vision.image_size, max_tiles=max_tiles)
-        self._add(image_tokens(self._tokenizer, tiled.grid, self._vision.tokens_per_tile))
+        # Nobody writes pictures: their tokens are never learned, whoever shows them.
+        self._add(image_tokens(self._tokenizer, tiled.grid, self._vision.tokens_per_tile), is_learned=False)
         self._tiles.append(tiled.tiles)
         self._grids.append(tiled.grid)
 

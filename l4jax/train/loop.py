@@ -8,6 +8,7 @@ On several hosts every process runs this same loop on its own part of the rows; 
 """
 
 import contextlib
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,11 @@ from l4jax.train.step import BATCH_AXES, make_train_step
 
 Resume = Literal["auto", "never", "must"]
 
-# Settings that may differ when a run goes on: they change what is written, not what is computed.
-FREE_TO_CHANGE = ("log_every", "save_every")
+# Settings that may differ when a run goes on: they change what is written or how fast, or what is read from there on.
+# A whole source may come or go, and its weight change; its path may not.
+FREE_TO_CHANGE = re.compile(
+    r"log_every|save_every|data\.(num_workers|skip_malformed|long_documents)|data\.sources\.[^.]+(\.weight)?"
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,12 @@ def train(
     _wait_for_all("l4jax: old checkpoints are gone")
     if not writes:
         console = Console(quiet=True)
-    with TrainStore(run_dir / "checkpoints") as store, Interruption() as stop, jax.set_mesh(mesh):
+    with (
+        TrainStore(run_dir / "checkpoints") as store,
+        Interruption() as stop,
+        jax.set_mesh(mesh),
+        contextlib.closing(iter(data)) as batches,
+    ):
         if store.latest_step() is not None:
             _check_settings(run_dir / "config.yaml", config)
         optimizer = make_optimizer(config.optimizer, config.steps, parallel.first_moment_dtype)
@@ -111,7 +120,7 @@ def train(
         shardings = state_shardings(config.model, optimizer, mesh, offload=parallel.offload_optimizer)
         graphdef, state = init_state(config.model, optimizer, config.seed, shardings)
         train_step = make_train_step(graphdef, optimizer, parallel, config.router_bias_rate, shardings)
-        batches, step = iter(data), 0
+        step = 0
         if resume == "must" or store.latest_step() is not None:
             state, step, _ = store.restore(jax.tree.map(_abstract, state), batches)
         if writes:
@@ -207,7 +216,7 @@ def _differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
         before, now = saved.get(key), wanted.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             names += _differences(before, now, f"{prefix}{key}.")
-        elif before != now and prefix + key not in FREE_TO_CHANGE:
+        elif before != now and not FREE_TO_CHANGE.fullmatch(prefix + key):
             names.append(f"{prefix}{key}: {before} there, {now} here")
     return names
 

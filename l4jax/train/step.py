@@ -14,12 +14,13 @@ from l4jax.train.loss import head_losses, masked_sum, next_token_targets
 from l4jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
-"""ids, positions, segment_ids, loss_mask [B, T] and tiles [B, n, 3, S, S], as `data/pipeline.py` makes them."""
+"""ids, positions, segment_ids, loss_mask, source_ids [B, T], tiles [B, n, 3, S, S] or None (`data/packing.py`)."""
 BATCH_AXES = {
     "ids": ("batch", "length"),
     "positions": ("batch", "length"),
     "segment_ids": ("batch", "length"),
     "loss_mask": ("batch", "length"),
+    "source_ids": ("batch", "length"),
     "tiles": ("batch", None, None, None, None),
 }
 

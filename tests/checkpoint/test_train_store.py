@@ -76,3 +76,17 @@ def test_signals_are_noted_until_the_step_is_saved(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested(store, 1)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_another_number_of_processes_is_one_clear_line(tmp_path):
+    data = batches()
+    with TrainStore(tmp_path) as store:
+        store.save(1, STATE, data)
+    (place,) = (tmp_path / "1" / "data").glob("process_*")
+    place.rename(place.with_name("process_0-of-4.json"))
+    (tmp_path / "1" / "manifest.json").unlink()
+    with (
+        TrainStore(tmp_path) as store,
+        pytest.raises(ValueError, match=r"was saved by 4 processes, here there are 1; .* go on with 4"),
+    ):
+        store.restore(jax.tree.map(ocp.utils.to_shape_dtype_struct, STATE), data)

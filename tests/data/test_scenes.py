@@ -1,3 +1,4 @@
+import pickle
 import sys
 
 import numpy as np
@@ -58,6 +59,8 @@ def test_dataset_is_built_once_and_read_without_tensorflow(tmp_path, capsys):
     made = {scene.digits: scene.image for scene in make_scenes(splits["train"], TILE, seed=3)}
     read = {digits: np.asarray(image) for image, digits in (source[i] for i in range(len(source)))}
     assert sorted(read) == sorted(made)
+    assert len(pickle.dumps(source)) < 20_000
+    assert pickle.loads(pickle.dumps(source))[3][1] == source[3][1]
     np.testing.assert_array_equal(read[min(read)], made[min(made)])
     assert {len(digits) for _, digits in (SceneSource(again, "eval")[i] for i in range(4))} == {2}
     assert "tensorflow" not in sys.modules

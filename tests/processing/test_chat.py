@@ -208,6 +208,29 @@ def test_answer_mask_marks_the_words_of_the_assistant(processor):
     assert answer.endswith("}<|eom|>Sunny, at half past twelve.<|eot|>Bye<|eot|>")
 
 
+def test_messages_not_to_be_learned_and_pictures_are_not_in_the_mask(processor):
+    show = {
+        "role": "assistant",
+        "content": [{"type": "image", "image": picture(28, 28)}, {"type": "text", "text": "!"}],
+    }
+    messages = [{"role": "assistant", "content": "no", "train": False}, show]
+    encoded = processor.encode(messages, add_generation_prompt=False)
+    assert processor.decode(encoded.ids[encoded.answer_mask], skip_special=False) == "!<|eot|>"
+
+
+def test_a_document_is_text_and_pictures_between_its_ends(processor, byte_tokenizer):
+    content = [
+        {"type": "text", "text": "A"},
+        {"type": "image", "image": picture(28, 28)},
+        {"type": "text", "text": "B"},
+    ]
+    encoded = processor.encode_document(content)
+    image = image_tokens(byte_tokenizer, (1, 1), 4)
+    assert encoded.ids.tolist() == [byte_tokenizer.bos_id, ord("A"), *image, ord("B"), byte_tokenizer.eos_id]
+    assert encoded.ids[encoded.answer_mask].tolist() == [ord("A"), ord("B"), byte_tokenizer.eos_id]
+    assert processor.encode_document("AB").ids.tolist() == [256, 65, 66, 257]
+
+
 def test_nothing_typed_becomes_a_control_token(processor, byte_tokenizer):
     typed = "".join(byte_tokenizer.special)
     plain = processor.encode([{"role": "user", "content": "x"}]).ids
@@ -287,6 +310,14 @@ def test_a_video_becomes_frames_with_time_stamps(processor, byte_tokenizer):
     body = encoded.ids.tolist()[len([256, 261, *b"user", 262, *b"\n\n"]) :]
     expected = [*b"[00:00.0]", *frame, *b"[00:01.0]", *frame, byte_tokenizer.eot_id]
     assert body[: len(expected)] == expected
+
+
+def test_frames_come_at_their_times(processor):
+    video = {"type": "video", "frames": [picture(28, 28)] * 3, "fps": 2}
+    assert processor.decode(processor.encode_document([video]).ids).startswith("[00:00.0][00:00.5][00:01.0]")
+    for fps in (0, -1, float("inf"), "2", None):
+        with pytest.raises(ValueError, match=r"fps=.* of a video must be a number above 0"):
+            processor.encode_document([video | {"fps": fps}])
 
 
 def test_prompts_that_are_too_long_are_refused(processor):

@@ -16,8 +16,10 @@ def test_every_config_is_a_run_and_survives_the_round_trip(path):
 
 
 def test_command_line_comes_before_the_file():
-    config = load_run_config(DEMO, ["steps=7", "optimizer.learning_rate=1e-3", "data.blank_images=true"])
-    assert (config.steps, config.optimizer.learning_rate, config.data.blank_images) == (7, 1e-3, True)
+    words = ["steps=7", "optimizer.learning_rate=1e-3", "data.sources.scenes.digits.blank_images=true"]
+    config = load_run_config(DEMO, words)
+    assert (config.steps, config.optimizer.learning_rate) == (7, 1e-3)
+    assert config.data.sources["scenes"].digits.blank_images
 
 
 def test_model_settings_can_be_overridden():
@@ -39,6 +41,22 @@ def test_model_settings_can_be_overridden():
         ("steps", "'steps' is no setting; write key=value"),
         ("seed.x=1", "seed is a single value"),
         ("optimizer=3", "optimizer: expected settings inside"),
+        ("xyz=1", "unknown key xyz; known keys here are model, data, optimizer"),
+        (
+            "data.sources.scenes.wieght=1",
+            "unknown key data.sources.scenes.wieght; did you mean data.sources.scenes.weight?",
+        ),
+        ("data.num_worker=1", "unknown key data.num_worker; did you mean data.num_workers?"),
+        ("data.weight=1", "unknown key data.weight; did you mean data.sources.NAME.weight?"),
+        ("data.sources.scenes=3", "data.sources.scenes: expected settings inside"),
+        ("data.sources=[1]", r"data.sources: expected settings by name, got \[1\]"),
+        ("data.sources={}", "data.sources is no mixture: it names nothing; name a source"),
+        ("data.sources.scenes.weight=0", "data.sources is no mixture: every weight is 0"),
+        ("data.sources.scenes.weight=-1", "data.sources.scenes.weight=-1.0 must be 0 or more"),
+        ("data.sources.more.weight=1", "data.sources.more must have either `path`"),
+        ("data.long_documents=cut", "data.long_documents='cut' must be one of error, split, drop"),
+        ("data.rows=0", "data.rows=0 must be at least 1"),
+        ("data.row_tiles=-1", "data.row_tiles=-1 must not be negative"),
     ],
 )
 def test_mistakes_are_named(override, message):

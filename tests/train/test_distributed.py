@@ -27,7 +27,10 @@ STEPS = 8
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiled in half the time
 SETTINGS = [
     *(f"steps={STEPS}", "log_every=1", "save_every=1000", "parallel.mesh=fsdp=2,expert=2"),
-    *("data.train_scenes=24", "data.eval_scenes=4", "data.warm_up_scenes=6", "data.rows=4"),
+    *(
+        *(f"data.sources.scenes.digits.{name}" for name in ("train_scenes=24", "eval_scenes=4", "warm_up_scenes=6")),
+        "data.rows=4",
+    ),
     *("optimizer.warmup_steps=2", "model.text_config.hidden_size=64", "model.text_config.num_hidden_layers=1"),
     *("model.text_config.no_rope_layers=[1]", "model.text_config.num_local_experts=2"),
     *("model.vision_config.num_hidden_layers=1", "model.vision_config.hidden_size=48"),

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -20,9 +21,9 @@ TINY = [
         "steps=8",
         "log_every=2",
         "save_every=100",
-        "data.train_scenes=24",
-        "data.eval_scenes=4",
-        "data.warm_up_scenes=6",
+        "data.sources.scenes.digits.train_scenes=24",
+        "data.sources.scenes.digits.eval_scenes=4",
+        "data.sources.scenes.digits.warm_up_scenes=6",
     ),
     *(
         "data.rows=2",
@@ -143,3 +144,22 @@ def test_loss_falls_and_every_expert_load_is_counted(data, whole):
     steps = zip(range(2), source.training_batches(), strict=False)  # a line is two steps; padding goes to nobody
     tokens = sum(int((batch["segment_ids"] > 0).sum()) for _, batch in steps)
     assert [sum(layer) for layer in lines[0]["router_load"]] == [tokens, tokens]
+
+
+def test_a_run_goes_on_with_another_mixture_but_not_with_other_files(data, tmp_path, monkeypatch):
+    lines = [json.dumps({"text": f"text number {i}"}) for i in range(20)]
+    for name in ("texts", "others"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def mixed(*words):
+        config = load_run_config(DEMO, [*TINY, f"data.sources.texts.path={tmp_path / 'texts.jsonl'}", *words])
+        return config, RunData(config, tmp_path / "data")
+
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGTERM)
+        assert run(mixed(), run_dir).steps == 3
+    with pytest.raises(ValueError, match=r"other settings \(data.sources.texts.path: .*texts.jsonl there, .*others"):
+        run(mixed(f"data.sources.texts.path={tmp_path / 'others.jsonl'}"), run_dir)
+    new = f"data.sources.new.path={tmp_path / 'others.jsonl'}"
+    assert run(mixed("data.sources.texts.weight=5", "data.skip_malformed=true", new), run_dir, resume="must").steps == 8

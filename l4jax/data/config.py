@@ -1,0 +1,87 @@
+"""What a run reads: the settings under `data`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """Scenes of handwritten digits, made on this machine (`l4jax/data/scenes.py`)."""
+
+    train_scenes: int
+    """Scenes to build for training; they are drawn anew in every pass over them."""
+    eval_scenes: int
+    """Scenes to build for evaluation."""
+    warm_up_scenes: int = 0
+    """Scenes seen before all others, mostly of one digit and hardly bent; they shorten the plateau before reading."""
+    train_part: str = "train"
+    """Digits to train on: `train`, or `fit` while settings are being chosen."""
+    eval_part: str = "held_out"
+    """Digits to evaluate on: `held_out`, or `choose` while settings are being chosen."""
+    blank_images: bool = False
+    """Show black pictures: what can be answered without looking."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One component of the mixture: `path`, or `digits`."""
+
+    path: str | None = None
+    """JSONL or Parquet file, a directory of either, or a TFDS directory, in the schema of `l4jax/data/schema.py`."""
+    digits: DigitsConfig | None = None
+    """Scenes of digits instead of a path."""
+    weight: float = 1.0
+    """Documents drawn from this source, relative to the others; may change when a run goes on. 0: none."""
+    split: str = "train"
+    """Split of a TFDS directory; slices such as `train[:10%]` too."""
+    picture_dir: str | None = None
+    """Directory that pictures may not lie outside of; by default that of the file that names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run reads, and the shape of a batch."""
+
+    sources: dict[str, SourceConfig]
+    """The mixture, by name."""
+    rows: int
+    """B, rows of a batch."""
+    row_tokens: int
+    """T, tokens of a row; documents are packed into rows."""
+    row_tiles: int = 0
+    """Tiles that the documents of one row may have together; 0 for text alone."""
+    shuffle: bool = True
+    """Take the documents of a source in a new random order in every pass, not in that of the file."""
+    num_workers: int = 0
+    """Processes that read, tokenise and tile ahead; 0: the training process does it itself."""
+    long_documents: Literal["error", "split", "drop"] = "error"
+    """What becomes of a document that does not fit into a row. `split` cuts pre-training documents, never a picture."""
+    skip_malformed: bool = False
+    """Leave out documents that cannot be read, with a warning for each of the first, instead of stopping."""
+    tokenizer: str = "bytes"
+    """Directory with a tokenizer file, or `bytes`."""
+    max_tiles: int = 16
+    """Tiles a picture may be cut into, the view of the whole not counted."""
+    max_frames: int = 16
+    """Frames taken of a video, evenly spread; each is one tile."""
+
+    def __post_init__(self):
+        for name in ("rows", "row_tokens", "max_tiles", "max_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        for name in ("row_tiles", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must not be negative")
+        for name, source in self.sources.items():
+            key = f"data.sources.{name}"
+            if (source.path is None) == (source.digits is None):
+                raise ValueError(
+                    f"{key} must have either `path` (a file or directory) or `digits` (settings of scenes)"
+                )
+            if not 0 <= source.weight < float("inf"):
+                raise ValueError(f"{key}.weight={source.weight} must be 0 or more, and finite")
+        if not any(source.weight for source in self.sources.values()):
+            what = "every weight is 0" if self.sources else "it names nothing"
+            raise ValueError(
+                f"data.sources is no mixture: {what}; name a source, such as sources: {{web: {{path: web.jsonl}}}}"
+            )
