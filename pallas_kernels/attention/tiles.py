@@ -1,4 +1,4 @@
-"""Tile sizes of the TPU kernels, chosen by counting static instruction bundles (`scripts/count_attention.py`)."""
+"""Tile sizes of the TPU kernels, chosen by counting static instruction bundles (`scripts/bench_kernels.py count`)."""
 
 from typing import NamedTuple
 
