@@ -51,8 +51,9 @@ def count(options: argparse.Namespace) -> list[Row]:
                         rows.append({"case": name, "chip": chip, "kernel": who} | _count_one(folder, chip, make))
             of_case = [row for row in rows if row["case"] == name]
             if of_case:
-                title = f"{name}: {cases[name].op}, {cases[name].shape}"
-                _print_counts(title, sorted(of_case, key=lambda row: options.chips.index(row["chip"])))
+                order = options.chips, list(cases[name].programs)
+                of_case.sort(key=lambda row: (order[0].index(row["chip"]), order[1].index(row["kernel"])))
+                _print_counts(f"{name}: {cases[name].op}, {cases[name].shape}", of_case)
     return rows
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.dispatch import implementations
+from pallas_kernels.dispatch import implementations, target
 from pallas_kernels.shapes import TEXT_SHAPES, TextShape
 
-PLATFORM = jax.devices()[0].platform
+PLATFORM = target().platform
 DTYPE = jnp.dtype("float32" if PLATFORM == "cpu" else "bfloat16")
 CLOCK = time.process_time if PLATFORM == "cpu" else time.perf_counter
 MIN_SECONDS = 0.05
