@@ -71,7 +71,7 @@ def _count_one(folder: str, chip: str, make) -> Row:
         kernels = cases.select(kernels, program.kernels)
         counted = program.count(*kernels)
     except Exception as error:  # of a peer, for a chip or shape that it does not serve: the table says so
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
     return {
         "vmem_bytes": max(kernel.vmem_bytes for kernel in kernels),
         "spills": sum(kernel.spills for kernel in kernels),
@@ -174,6 +174,8 @@ def main() -> None:
     rows = {"count": count, "time": time}[options.verb](options)
     if options.json:
         options.json.write_text(json.dumps({"command": sys.argv[1:], "rows": rows}, indent=1))
+    if any("error" in row and row.get("kernel") == "ours" for row in rows):
+        sys.exit("error: a kernel of ours could not be compiled or counted; the table says why")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def paged(batch: int, used: int, slots: int, block_slots: int, page_size: int = 
             )
 
         def count(kernel: Kernel) -> Count:
-            _, loop, _ = sorted(kernel.loops, key=len)[-3:]
+            loop = sorted(kernel.loops, key=len)[-2]  # around it is the loop over the grid
             skipped = _skipped(kernel, loop)
             # The third starts the very first block; the larger two run in each step.
             bundles = len(loop) - (skipped[2] if len(skipped) > 2 else 0)
