@@ -1,4 +1,7 @@
-"""Attention of Scout's shape, forward and gradients: ours, jax's splash attention and tokamax's descendant of it."""
+"""Attention of Scout's shape, forward and gradients: ours, jax's splash attention and tokamax's descendant of it.
+
+Two cores are taken to share heads, or the sequences of a batch: splash's gradients share nothing else.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

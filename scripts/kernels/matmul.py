@@ -72,7 +72,8 @@ def ours(num_rows: int, num_groups: int, shape=UP, num_weights=1, bits=16, num_s
         num_small, big = blocks_of_steps(groups, steps, t.strip, t.small), t.big // t.small
         trips = [len(steps.group), (num_small // big).sum(), *([(num_small % big).sum()] if big > 1 else [])]
 
-        matrix_bytes = depth * width * bits // 8 * num_weights
+        scale_bytes = num_scales * stored[2] * 4 if bits < 16 else 0
+        matrix_bytes = (depth * width * bits // 8 + scale_bytes) * num_weights
         result_bytes = num_rows * width * 2
         strips = moved(t.strip * depth * 2, steps.rows_strip)
         columns = moved(matrix_bytes * t.cols // width, steps.group, steps.weight_cols)
