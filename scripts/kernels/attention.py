@@ -152,8 +152,10 @@ def _visits(shape: Shape) -> int:
 
 
 def _splash_bundles(kernel: Kernel, steps: int, visits: int, rows: int) -> int:
+    """A stretch computes a block; of two the second has the mask, which one block of each row (or column) needs."""
     part = parts(kernel)
-    return steps * part.short + visits * part.tiles[0] + rows * (sum(part.before) + sum(part.after))
+    blocks = (visits - rows) * part.tiles[0] + rows * part.tiles[-1]
+    return steps * part.short + blocks + rows * (sum(part.before) + sum(part.after))
 
 
 def _splash(fused: bool) -> Callable:
