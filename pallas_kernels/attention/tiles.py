@@ -1,4 +1,4 @@
-"""Tile sizes; for TPUs chosen by counting static instruction bundles (`scripts/count_attention.py`)."""
+"""Tile sizes; for TPUs chosen by counting static instruction bundles (`scripts/bench_kernels.py count`)."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 """Tile sizes: what fits the memory of a chip, and what its matrix units like.
 
-Those for TPUs are counted, not timed (`scripts/count_tpu_kernels.py`): static bundles of a product with 5120 x 512
+Those for TPUs are counted, not timed (`scripts/bench_kernels.py count`): static bundles of a product with 5120 x 512
 bfloat16 weights, jax 0.10.2, libtpu 0.0.42.1. Below some number of rows it takes as long as loading the weights into
 the matrix units.
 
