@@ -27,7 +27,9 @@ from pallas_kernels.dispatch import target
 GATHER_BELOW = 1024
 """Tokens of an exchange group up to which all of them go to every device."""
 ROOM = 2
-"""Rows for which a device has room in a round, over the mean."""
+"""Rows for which a device has room in a round, over the tokens of a device."""
+EXCHANGE = "expert_exchange"
+"""What traced operations of an exchange are called, for `plan` to find them."""
 
 Weights = Float[Array, "E D F"] | Any  # or a QuantizedArray
 
@@ -179,7 +181,8 @@ def _exchange(x_mD, experts_mk, scores_mk, weights, num_experts: int, group: int
     # What a round needs is made again in the backward pass: kept for all rounds it would take the room of all of them.
     @jax.checkpoint
     def one_round(tokens):
-        return _exchange_round(*tokens, weights, num_experts, group)
+        with jax.named_scope(EXCHANGE):
+            return _exchange_round(*tokens, weights, num_experts, group)
 
     # A round takes every num_rounds-th token: neighbours are alike, and one round should not have all of a kind.
     rounds = [a.reshape(-1, num_rounds, *a.shape[1:]).swapaxes(0, 1) for a in (x_mD, experts_mk, scores_mk)]

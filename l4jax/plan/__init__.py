@@ -156,7 +156,7 @@ class Plan:
 
         mesh = mesh_for(self.topology, self.slices, self.sizes)
         with Console(stderr=True).status(f"compiling for {mesh.size} devices"):
-            self.compiled = compile_job(self.job, mesh)
+            self.compiled = compile_job(self.job, mesh, self.chip)
         if self.compiled.cost is not None:
             self.bound = self.compiled.bound(self.chip)
 
@@ -174,7 +174,7 @@ class Plan:
 
     @property
     def utilisation(self) -> tuple[float, float]:
-        """The model's FLOPs over what the devices could do in the bound: if nothing overlaps, and if all does."""
+        """The model's FLOPs over what devices could do in the bound, if they always or never wait for the network."""
         from l4jax.plan.arithmetic import model_flops
 
         ideal = model_flops(self.job) / (self.num_devices * self.chip.bf16_flops)
@@ -209,6 +209,7 @@ class Plan:
                 "compute": self.bound.compute,
                 "memory": self.bound.memory,
                 "network": self.bound.network,
+                "device": self.bound.device,
                 "binding": self.bound.binding,
             },
             "tokens_per_second": self.job.tokens / self.bound.overlapped,
@@ -255,10 +256,13 @@ class Plan:
         lines += ["", "least time of a step (arithmetic: the above over published peaks)"]
         for name, seconds in (("compute", self.bound.compute), ("memory", self.bound.memory)):
             lines.append(f"  {name:<12} {seconds * 1e3:12.3f} ms")
+        lines.append(
+            f"  {'device':<12} {self.bound.device * 1e3:12.3f} ms: every instruction as long as it needs either"
+        )
         lines.append(f"  {'network':<12} {self.bound.network * 1e3:12.3f} ms")
         low, high = self.utilisation
         lines.append(f"  {self.bound.binding} binds; at most {job.tokens / self.bound.overlapped:,.0f} tokens/s")
-        lines.append(f"  MFU at most {high:.1%} if all overlaps, {low:.1%} if nothing does")
+        lines.append(f"  MFU at most {high:.1%} if devices never wait for the network, {low:.1%} if they always do")
         if compiled:
             lines += [
                 "",

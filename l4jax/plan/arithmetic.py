@@ -4,7 +4,6 @@ Weights, optimizer and cache are exact: they follow from shapes and rules. Tempo
 travels; `program.py` asks the compiler instead.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -206,20 +205,23 @@ class Bound:
     compute: float
     memory: float
     network: float
+    device: float
+    """Compute and memory together: what is known about which instruction needs which."""
 
     @property
     def overlapped(self) -> float:
-        """If everything overlaps."""
-        return max(self.compute, self.memory, self.network)
+        """If everything that travels does so meanwhile."""
+        return max(self.device, self.network)
 
     @property
     def serial(self) -> float:
         """If nothing does."""
-        return self.compute + self.memory + self.network
+        return self.device + self.network
 
     @property
     def binding(self) -> str:
-        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+        times = {"compute": self.compute, "memory": self.memory, "network": self.network}
+        return max(times, key=times.__getitem__)
 
 
 def estimated_bound(job: Job, sizes: Mapping[str, int], chip: Chip) -> Bound:
@@ -243,7 +245,8 @@ def estimated_bound(job: Job, sizes: Mapping[str, int], chip: Chip) -> Bound:
     network += len(text.moe_layers) * tokens * travels * text.hidden_size * 2
     if whole["tensor"] > 1:
         network += text.num_hidden_layers * 4 * tokens * text.hidden_size * 2 * (2 if job.mode == "train" else 1)
-    return Bound(flops / chip.bf16_flops, memory / chip.hbm_bandwidth, network / (2 * chip.link_bandwidth))
+    compute, memory = flops / chip.bf16_flops, memory / chip.hbm_bandwidth
+    return Bound(compute, memory, network / (2 * chip.link_bandwidth), max(compute, memory))
 
 
 def matmul_parameters_held(config: Llama4Config) -> int:

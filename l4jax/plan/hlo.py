@@ -84,12 +84,15 @@ class Cost:
     """Read and written outside of fast memory, by what each instruction takes and gives."""
     collectives: Counter = field(default_factory=Counter)
     """(kind, devices in the group, whether it crosses slices) -> bytes that a device receives."""
+    seconds: float = 0.0
+    """If one instruction follows the other, each as long as its products take, or its bytes if they take longer."""
     unknown_loops: int = 0
     """Loops whose number of turns depends on data; counted as one turn."""
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
         self.flops += other.flops * times
         self.bytes += other.bytes * times
+        self.seconds += other.seconds * times
         self.unknown_loops += other.unknown_loops
         for key, size in other.collectives.items():
             self.collectives[key] += size * times
@@ -120,13 +123,21 @@ class Program:
         for computation in self.computations.values():
             yield from computation.values()
 
-    def cost(self, kernel_share: Callable[[str], float] = lambda name: 1.0) -> Cost:
+    def cost(
+        self,
+        flops_per_second: float = math.inf,
+        bytes_per_second: float = math.inf,
+        kernel_share: Callable[[str], float] = lambda name: 1.0,
+    ) -> Cost:
         """Returns the cost of one run.
 
         Args:
-            kernel_share: part of a kernel's own estimate that counts, by the kernel's name in the program.
+            flops_per_second: of the chip, and
+            bytes_per_second: of its memory; `seconds` is 0 without them.
+            kernel_share: part of the FLOPs of a kernel's own estimate that counts, by its name in the program.
         """
-        self.kernel_share = kernel_share
+        self._speeds, self._kernel_share = (flops_per_second, bytes_per_second), kernel_share
+        self._cost_of.cache_clear()
         return self._cost_of(self.entry)
 
     def largest_arrays(self, least: float) -> dict[str, float]:
@@ -182,11 +193,12 @@ class Program:
             inner = self.computations.get(instruction.attribute("calls"), {})
             cost.flops = sum(self._flops(i, inner) for i in inner.values())
         elif opcode == "custom-call":
-            estimate, share = _cost_estimate(instruction.attributes), self.kernel_share(instruction.source)
+            estimate, share = _cost_estimate(instruction.attributes), self._kernel_share(instruction.source)
             cost.flops = estimate.get("flops", 0) * share
-            cost.bytes = estimate.get("bytes_accessed", cost.bytes) * share
+            cost.bytes = estimate.get("bytes_accessed", cost.bytes)
         else:
             cost.flops = self._flops(instruction, computation)
+        cost.seconds = max(cost.flops / self._speeds[0], cost.bytes / self._speeds[1])
         return cost
 
     def _flops(self, instruction: Instruction, computation: dict[str, Instruction]) -> float:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from l4jax.inference.engine import Engine
 from l4jax.model.params import flat_params, param_shardings, with_params
-from l4jax.ops.experts import ROOM
+from l4jax.ops.experts import EXCHANGE
 from l4jax.plan.arithmetic import Bound, Job, job_model
 from l4jax.plan.chips import DCN_BANDWIDTH, Chip
 from l4jax.plan.hlo import Cost, Program
@@ -54,11 +54,12 @@ class Compiled:
         for (_, _, crosses_slices), size in self.cost.collectives.items():
             # A ring in both directions along one dimension of the torus; most axes could use more.
             network += size / (DCN_BANDWIDTH if crosses_slices else 2 * chip.link_bandwidth)
-        return Bound(self.cost.flops / chip.bf16_flops, self.cost.bytes / chip.hbm_bandwidth, network)
+        compute, memory = self.cost.flops / chip.bf16_flops, self.cost.bytes / chip.hbm_bandwidth
+        return Bound(compute, memory, network, self.cost.seconds)
 
 
-def compile_job(job: Job, mesh: Mesh) -> Compiled:
-    """Compiles the step of a job for the devices of a mesh."""
+def compile_job(job: Job, mesh: Mesh, chip: Chip) -> Compiled:
+    """Compiles the step of a job for the devices of a mesh, which are of one kind."""
     started = time.monotonic()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), use_rules(job.rules):
         build = _training if job.mode == "train" else _serving
@@ -80,15 +81,14 @@ def compile_job(job: Job, mesh: Mesh) -> Compiled:
     slices = {device.id: getattr(device, "slice_index", 0) for device in mesh.devices.flat}
     order = [device.id for device in mesh.devices.flat]  # the program numbers devices by their place in the mesh
     program = Program(compiled.as_text(), {place: slices[number] for place, number in enumerate(order)})
-    cost = program.cost(kernel_share)
+
+    def kernel_share(name: str) -> float:
+        """An exchange has room for all rows of its group; kernels skip what is empty, on average all but a share."""
+        return 1 / mesh.shape["expert"] if EXCHANGE in name else 1.0
+
+    cost = program.cost(chip.bf16_flops, chip.hbm_bandwidth, kernel_share)
     peak = compiled.memory_analysis().peak_memory_in_bytes
     return Compiled(fits, refusal, seconds, host, by_kind, peak, cost, program)
-
-
-def kernel_share(name: str) -> float:
-    """Returns which part of a kernel's own estimate is real work: rows of experts come into room for `ROOM` times as
-    many, and the kernel skips what is empty."""
-    return 1 / ROOM if "shard_map/while" in name and "grouped" in name else 1.0
 
 
 def _bytes_of(tree: Any) -> int:

@@ -85,5 +85,5 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"100","transcende
 }
 """
     assert (Program(text).cost().flops, Program(text).cost().bytes) == (100, 64)
-    half = Program(text).cost(lambda name: 0.5 if "grouped" in name else 1.0)
-    assert (half.flops, half.bytes) == (50, 32)
+    half = Program(text).cost(10, 32, lambda name: 0.5 if "grouped" in name else 1.0)
+    assert (half.flops, half.bytes, half.seconds) == (50, 64, 5)  # 50 / 10, which is more than 64 / 32
