@@ -338,7 +338,29 @@ class _Specs(NamedTuple):
         )
 
 
-def _launch(kernel, plan, queries, keys, visits, inputs, outputs, scratch, vmem_limit, interpret, aliases=None):
+def _most_pairs(T, S, causal, chunk_size):
+    """Returns the pairs of a query and a key that see each other, at most: positions are not known to XLA's scheduler.
+
+    As many keys as queries are taken for the same tokens; others may all come before.
+    """
+    if not causal:
+        return T * S
+    reach = min(S, chunk_size or S)
+    return T * (reach + 1) // 2 if T == S else T * reach
+
+
+def _cost(q_BKGTH, num_pairs, num_products, plan):
+    """Returns the estimate of a call for XLA's scheduler: each query block reads the keys that it sees."""
+    B, K, group, T, H = q_BKGTH.shape
+    num_numbers = B * K * H * (num_products * group * T + 2 * num_pairs // plan.tiles.q_block)
+    return pl.CostEstimate(
+        flops=2 * num_products * B * K * group * num_pairs * H,
+        transcendentals=B * K * group * num_pairs,
+        bytes_accessed=num_numbers * q_BKGTH.dtype.itemsize,
+    )
+
+
+def _launch(kernel, plan, queries, keys, visits, inputs, outputs, scratch, cost, vmem_limit, interpret, aliases=None):
     """Calls a kernel on visits, ranges of the tiles, labels, and then the inputs.
 
     Args:
@@ -378,6 +400,7 @@ def _launch(kernel, plan, queries, keys, visits, inputs, outputs, scratch, vmem_
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
         ),
+        cost_estimate=cost,
         interpret=INTERPRET if interpret else False,
         name=kernel.func.__name__.strip("_"),
     )(
@@ -406,7 +429,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, given, causal, chunk_size, scale, interpret
     queries, keys = make_labels((B, T, S), *given, causal, chunk_size)
     keys = pad_labels(keys, tiles.kv_block)
     q, k, v = _head_major(q_BTNH, group), _head_major(k_BSKH), _head_major(v_BSKH)
-    num_kv_blocks = pl.cdiv(S, tiles.kv_block)
+    num_kv_blocks, num_pairs = pl.cdiv(S, tiles.kv_block), _most_pairs(T, S, causal, chunk_size)
 
     def attend(start, stop):
         length = min(stop, T) - start
@@ -429,6 +452,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, given, causal, chunk_size, scale, interpret
                 ),
             ],
             scratch=[row_statistics, row_statistics, (*row_statistics[:3], H)],
+            cost=_cost(q[:, :, :, start:stop], num_pairs * length // T, 2, plan),
             vmem_limit=tile_table.forward_vmem_limit(),
             interpret=interpret,
         )
@@ -483,6 +507,7 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, given, out, lse, d_out, d_lse, causal, chu
                 (v, specs.key_gradients),
             ],
             scratch=[(tiles.kv_heads, group, plan.q_tiles, H, tiles.q_tile), kv_gradients, kv_gradients],
+            cost=_cost(q, _most_pairs(T, S, causal, chunk_size) * k.shape[2] // S, 5, plan),
             vmem_limit=tile_table.backward_vmem_limit(kind),
             interpret=interpret,
             aliases=None if d_q_so_far is None else {len(inputs) + 4: 0},

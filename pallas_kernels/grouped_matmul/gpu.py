@@ -38,6 +38,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.dispatch import target
 from pallas_kernels.gpu import Span, card, dot, load, power_of_two, refuse_platform, refuse_size, store
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.groups import of_layer
 from pallas_kernels.quantized import QuantizedArray
 
 
@@ -315,12 +316,14 @@ def _groups(group_sizes_E, group_offset) -> Groups:
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def grouped_matmul(rows_RD, weights_eDF, group_sizes_E, group_offset=None, interpret=False):
+def grouped_matmul(rows_RD, weights, group_sizes_E, group_offset=None, layer=None, interpret=False):
+    weights_eDF = of_layer(weights, layer)  # a copy: offsets in a whole stack would go beyond 32 bits
     return _grouped_matmul(rows_RD, weights_eDF, _groups(group_sizes_E, group_offset), interpret)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def grouped_swiglu(rows_RD, gate_eDF, up_eDF, group_sizes_E, group_offset=None, interpret=False):
+def grouped_swiglu(rows_RD, gate, up, group_sizes_E, group_offset=None, layer=None, interpret=False):
+    gate_eDF, up_eDF = of_layer(gate, layer), of_layer(up, layer)
     return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, _groups(group_sizes_E, group_offset), interpret)
 
 
@@ -334,8 +337,9 @@ def refuse(rows_RD, *weights_and_groups) -> str | None:
 
 def refuse_arguments(rows_RD, *weights_and_groups) -> str | None:
     """Returns why the kernels are not made for a call on any platform, None if they are."""
-    *weights, _, _ = weights_and_groups
-    (_, D, F), first = weights[0].shape, weights[0]
+    *weights, _, _, layer = weights_and_groups
+    first = jax.eval_shape(of_layer, weights[0], layer)
+    _, D, F = first.shape
     if rows_RD.dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows are {rows_RD.dtype}, not float32 or bfloat16"
     if 0 in (rows_RD.shape[0], D, F):
