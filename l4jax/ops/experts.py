@@ -3,9 +3,8 @@
 Experts lie on the `expert` axis, their widths on `tensor`, and each device routes its own tokens. Two forms:
 
 - exchange, for many tokens: rows go to the devices that hold their expert and come back. A row travels straight to its
-  place among the rows of its expert, so nothing is sorted on arrival. If every token of the group chose one expert, its
-  device would need room for all of them; so tokens go in rounds, few enough that this room stays about twice the
-  tokens of a device, and the grouped matmul computes only rows that came.
+  place among the rows of its expert, so nothing is sorted on arrival. A device has room for twice its own tokens; if
+  the router sends more to one of them, they come in as many rounds as that takes, usually one.
 - gather, for few tokens (decoding): every device of the group sees all tokens, computes the rows of its own experts,
   and the partial sums are added. Weights are read once, and a few vectors travel.
 """
@@ -23,11 +22,12 @@ from jaxtyping import Array, Float, Int
 from l4jax.sharding import axis_sizes, spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 from pallas_kernels.dispatch import target
+from pallas_kernels.quantized import QuantizedArray
 
 GATHER_BELOW = 1024
 """Tokens of an exchange group up to which all of them go to every device."""
 ROOM = 2
-"""Rows for which a device has room in a round, over the tokens of a device."""
+"""Rows for which a device has room, over those of its own tokens."""
 EXCHANGE = "expert_exchange"
 """What traced operations of an exchange are called, for `plan` to find them."""
 
@@ -79,7 +79,7 @@ def routed_experts(
         elif gather:
             out, load = _gather(x, experts, scores, weights, num_experts, shared)
         else:
-            out, load = _exchange(x, experts, scores, weights, num_experts, group)
+            out, load = _exchange(x, experts, scores, weights, num_experts, token_axes)
         out = lax.psum(out, partial_axes) if partial_axes else out
         return out.reshape(shape), lax.psum(load, token_axes) if token_axes else load
 
@@ -174,44 +174,94 @@ def _gather(x_mD, experts_mk, scores_mk, weights, num_experts: int, shared: bool
 # --- Exchange -----------------------------------------------------------------------------------------------------
 
 
-def _exchange(x_mD, experts_mk, scores_mk, weights, num_experts: int, group: int):
-    wanted = math.ceil(group / ROOM)
-    num_rounds = next(n for n in range(min(wanted, x_mD.shape[0]), 0, -1) if x_mD.shape[0] % n == 0)
-
-    # What a round needs is made again in the backward pass: kept for all rounds it would take the room of all of them.
-    @jax.checkpoint
-    def one_round(tokens):
-        with jax.named_scope(EXCHANGE):
-            return _exchange_round(*tokens, weights, num_experts, group)
-
-    # A round takes every num_rounds-th token: neighbours are alike, and one round should not have all of a kind.
-    rounds = [a.reshape(-1, num_rounds, *a.shape[1:]).swapaxes(0, 1) for a in (x_mD, experts_mk, scores_mk)]
-    out, load = lax.map(one_round, tuple(rounds))
-    return out.swapaxes(0, 1).reshape(x_mD.shape), load.sum(axis=0)
-
-
-def _exchange_round(x_mD, experts_mk, scores_mk, weights, num_experts: int, group: int):
-    """Sends rows to the devices of their experts, applies these, sends the rows back.
-
-    Slices of the exchange are (device, expert): one sender's rows for one expert, in the order of experts.
-    """
+def _exchange(x_mD, experts_mk, scores_mk, weights, num_experts: int, token_axes):
+    """Sends rows to the devices of their experts, applies these, sends the rows back."""
     rows_RD, sizes_E, order_R = _sort(x_mD, experts_mk, scores_mk, num_experts)
-    num_here, me = num_experts // group, lax.axis_index("expert")
     sizes_pE = lax.all_gather(sizes_E, "expert")  # of every sender p
-    starts_pE = jnp.cumsum(sizes_pE, axis=1) - sizes_pE  # in the rows of sender p
+    group = sizes_pE.shape[0]
+    sizes_dep = sizes_pE.reshape(group, group, -1).transpose(1, 2, 0)  # to device d, its expert e, from p
+    most = lax.pmax(sizes_dep.sum((1, 2)).max(), token_axes)  # the same everywhere: all take part in every round
+    num_rounds = -(-most // (ROOM * rows_RD.shape[0]))
+    with jax.named_scope(EXCHANGE):
+        matrices = weights.gate, weights.up, weights.down
+        done_RD = _in_rounds(rows_RD, matrices, weights.layer, sizes_dep, num_rounds)
+    return _unsort(done_RD, order_R, experts_mk.shape[1]), sizes_E
 
-    # On arrival rows are ordered by expert, then by sender.
-    sizes_dep = sizes_pE.reshape(group, group, num_here).transpose(1, 2, 0)  # device d, its expert e, sender p
-    ends_dep = jnp.cumsum(sizes_dep.reshape(group, -1), axis=1).reshape(sizes_dep.shape)
-    places_dep = ends_dep - sizes_dep
-    here_pe, mine_pe = sizes_dep[me].T, starts_pE.reshape(group, group, num_here)[:, me]
 
-    forth = _Slices(starts_pE[me], sizes_E, places_dep[:, :, me].reshape(-1), here_pe.reshape(-1))
-    back = _Slices(places_dep[me].T.reshape(-1), here_pe.reshape(-1), mine_pe.reshape(-1), sizes_E)
-    room = rows_RD.shape[0] * group
-    arrived = _send(rows_RD, room, forth, group)
-    done = weights(arrived, here_pe.sum(axis=0))
-    return _unsort(_send(done, rows_RD.shape[0], back, group), order_R, experts_mk.shape[1]), sizes_E
+@jax.custom_vjp
+def _in_rounds(rows_RD, matrices, layer, sizes_dep, num_rounds):
+    """Returns what the experts make of rows sorted by expert. How many rounds that takes is known only at run time."""
+    room_RD = jnp.zeros((ROOM * rows_RD.shape[0], rows_RD.shape[1]), rows_RD.dtype)
+
+    def one_round(nth, done_RD):
+        forth, back, here_e = _slices(sizes_dep, nth, len(room_RD))
+        arrived = _send(rows_RD, room_RD, forth)
+        return _send(_Weights(*matrices, layer)(arrived, here_e), done_RD, back)
+
+    return lax.fori_loop(0, num_rounds, one_round, jnp.zeros_like(rows_RD))
+
+
+def _in_rounds_forward(*arguments):
+    return _in_rounds(*arguments), arguments
+
+
+def _in_rounds_backward(arguments, d_done_RD):
+    """Rows go forth again, beside the gradients of their results."""
+    rows_RD, matrices, layer, sizes_dep, num_rounds = arguments
+    room_RD = jnp.zeros((ROOM * rows_RD.shape[0], rows_RD.shape[1]), rows_RD.dtype)
+    constant = isinstance(matrices[0], QuantizedArray)
+
+    def one_round(nth, sums):
+        d_rows_RD, d_matrices = sums
+        forth, back, here_e = _slices(sizes_dep, nth, len(room_RD))
+
+        def apply(rows, matrices):
+            return _Weights(*matrices, layer)(rows, here_e)
+
+        arrived, d_out = (_send(rows, room_RD, forth) for rows in (rows_RD, d_done_RD))
+        if constant:
+            _, backward = jax.vjp(lambda rows: apply(rows, matrices), arrived)
+            (d_arrived,), d_of_round = backward(d_out), None
+        else:
+            _, backward = jax.vjp(apply, arrived, matrices)
+            d_arrived, d_of_round = backward(d_out)
+        return _send(d_arrived, d_rows_RD, back), jax.tree.map(jnp.add, d_matrices, d_of_round)
+
+    zeros = jnp.zeros_like(rows_RD), None if constant else jax.tree.map(jnp.zeros_like, matrices)
+    d_rows_RD, d_matrices = lax.fori_loop(0, num_rounds, one_round, zeros)
+    return d_rows_RD, d_matrices, None, None, None
+
+
+_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)
+
+
+def _slices(sizes_dep: Int[Array, "d e p"], nth: Int[Array, ""], room: int):
+    """Returns what travels in a round, forth and back, and how many rows each expert here gets.
+
+    Slices are (device, expert): one sender's rows for one expert, in the order of experts. On arrival all rows of a
+    device are ordered by expert, then by sender; a round takes the next `room` of this order.
+
+    Args:
+        sizes_dep: rows for device d, its expert e, from sender p.
+    """
+    group, me = sizes_dep.shape[0], lax.axis_index("expert")
+    sizes_pde = sizes_dep.transpose(2, 0, 1)
+    ends_pde = jnp.cumsum(sizes_pde.reshape(group, -1), axis=1).reshape(sizes_pde.shape)
+    starts_dep = (ends_pde - sizes_pde).transpose(1, 2, 0)  # in the rows of the sender
+    ends_dep = jnp.cumsum(sizes_dep.reshape(group, -1), axis=1).reshape(sizes_dep.shape) - nth * room
+    first_dep, last_dep = (jnp.clip(edge, 0, room) for edge in (ends_dep - sizes_dep, ends_dep))
+    now_dep = last_dep - first_dep
+    starts_dep += jnp.clip(sizes_dep - ends_dep, 0, sizes_dep)  # without what went in earlier rounds
+
+    def sent(of):  # by me, to each device
+        return of[:, :, me].reshape(-1)
+
+    def received(of):  # by me, from each device
+        return of[me].T.reshape(-1)
+
+    forth = _Slices(sent(starts_dep), sent(now_dep), sent(first_dep), received(now_dep))
+    back = _Slices(received(first_dep), received(now_dep), received(starts_dep), sent(now_dep))
+    return forth, back, now_dep[me].sum(axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -228,25 +278,23 @@ class _Slices:
     """Sizes of the runs that come here, by sender."""
 
 
-def _send(rows_RD, num_rows: int, slices: _Slices, group: int):
-    """Returns `num_rows` rows: those that the group sends here in their places, zeros elsewhere."""
+def _send(rows_RD, into_SD, slices: _Slices):
+    """Returns `into_SD` with the rows that the group sends here in their places."""
     if target().platform == "cpu":
-        return _send_emulated(rows_RD, num_rows, slices, group)
-    empty = jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype)
+        return _send_emulated(rows_RD, into_SD, slices)
     return lax.ragged_all_to_all(
-        rows_RD, empty, slices.starts, slices.sizes, slices.places, slices.arriving, axis_name="expert"
+        rows_RD, into_SD, slices.starts, slices.sizes, slices.places, slices.arriving, axis_name="expert"
     )
 
 
-def _send_emulated(rows_RD, num_rows: int, slices: _Slices, group: int):
+def _send_emulated(rows_RD, into_SD, slices: _Slices):
     """The same by a gather of everything: XLA:CPU has no ragged exchange."""
-    ends_n = slices.starts + slices.sizes
+    group = lax.axis_size("expert")
     row_R = jnp.arange(rows_RD.shape[0])
-    in_slice_Rn = (row_R[:, None] >= slices.starts) & (row_R[:, None] < ends_n)
+    in_slice_Rn = (row_R[:, None] >= slices.starts) & (row_R[:, None] < slices.starts + slices.sizes)
     slice_R, sent_R = in_slice_Rn.argmax(axis=1), in_slice_Rn.any(axis=1)
     device_R = jnp.where(sent_R, slice_R // (len(slices.sizes) // group), group)
     place_R = slices.places[slice_R] + row_R - slices.starts[slice_R]
     rows_pRD, device_pR, place_pR = (lax.all_gather(a, "expert") for a in (rows_RD, device_R, place_R))
-    place_pR = jnp.where(device_pR == lax.axis_index("expert"), place_pR, num_rows)
-    empty = jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype)
-    return empty.at[place_pR.reshape(-1)].set(rows_pRD.reshape(-1, rows_RD.shape[1]), mode="drop")
+    place_pR = jnp.where(device_pR == lax.axis_index("expert"), place_pR, into_SD.shape[0])
+    return into_SD.at[place_pR.reshape(-1)].set(rows_pRD.reshape(-1, rows_RD.shape[1]), mode="drop")

@@ -187,8 +187,9 @@ class Plan:
         kinds = self.compiled.by_kind if self.compiled else {}
         cost = self.compiled.cost if self.compiled else None
         collectives = {}
-        for (kind, size, crosses), count in (cost.collectives if cost else {}).items():
-            collectives[f"{kind} over {size}{' across slices' if crosses else ''}"] = round(count)
+        for (kind, size, _, crosses), count in (cost.collectives if cost else {}).items():
+            name = f"{kind} over {size}{' across slices' if crosses else ''}"
+            collectives[name] = collectives.get(name, 0) + round(count)
         return {
             "fits": self.fits,
             "compiled": self.compiled is not None,
@@ -247,9 +248,9 @@ class Plan:
             cost = compiled.cost
             lines += ["", "work of a device in one step (compiled)"]
             lines.append(f"  {cost.flops:.3e} FLOPs, {cost.bytes / GIB:,.1f} GiB through memory")
-            for (kind, size, crosses), count in cost.collectives.most_common():
+            for (kind, size, rings, crosses), count in cost.collectives.most_common():
                 if count > 1 << 20:
-                    across = " across slices" if crosses else ""
+                    across = " across slices" if crosses else f" in {rings} rings" if rings > 1 else ""
                     lines.append(f"  {kind:<20} over {size:>4}{across}: {count / GIB:9.3f} GiB received")
             if cost.unknown_loops:
                 lines.append(f"  {cost.unknown_loops} loops turn as often as the data say; they are counted once")

@@ -83,7 +83,7 @@ class Cost:
     bytes: float = 0.0
     """Read and written outside of fast memory, by what each instruction takes and gives."""
     collectives: Counter = field(default_factory=Counter)
-    """(kind, devices in the group, whether it crosses slices) -> bytes that a device receives."""
+    """(kind, devices in the group, rings at once, whether it crosses slices) -> bytes that a device receives."""
     seconds: float = 0.0
     """If one instruction follows the other, each as long as its products take, or its bytes if they take longer."""
     unknown_loops: int = 0
@@ -271,10 +271,12 @@ class Program:
             "all-reduce": 2 * given * others,
             "reduce-scatter": given * others,
             "all-to-all": given * others,
-            "ragged-all-to-all": operands[0].size * others if operands else 0.0,
+            # Room for more than comes is on one side or the other.
+            "ragged-all-to-all": min(operands[0].size, result) * others if operands else 0.0,
         }.get(kind, given)
         if size > 1:
-            cost.collectives[kind, size, crosses] += received
+            rings = re.search(r"StrategyND\{colors:(\d+)", instruction.attributes)
+            cost.collectives[kind, size, int(rings[1]) if rings else 1, crosses] += received
 
 
 def replica_groups(attributes: str) -> list[list[int]]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from l4jax.inference.engine import Engine
 from l4jax.model.params import flat_params, param_shardings, with_params
-from l4jax.ops.experts import EXCHANGE
+from l4jax.ops.experts import EXCHANGE, ROOM
 from l4jax.plan.arithmetic import Bound, Job, job_model
 from l4jax.plan.chips import DCN_BANDWIDTH, Chip
 from l4jax.plan.hlo import Cost, Program
@@ -51,9 +51,9 @@ class Compiled:
     def bound(self, chip: Chip) -> Bound:
         """Returns the least time of a step, by the FLOPs, bytes and collectives of the program."""
         network = 0.0
-        for (_, _, crosses_slices), size in self.cost.collectives.items():
-            # A ring in both directions along one dimension of the torus; most axes could use more.
-            network += size / (DCN_BANDWIDTH if crosses_slices else 2 * chip.link_bandwidth)
+        for (_, _, rings, crosses_slices), size in self.cost.collectives.items():
+            # In both directions along each dimension of the torus that the compiler takes; one, where it does not say.
+            network += size / (DCN_BANDWIDTH if crosses_slices else 2 * chip.link_bandwidth * rings)
         compute, memory = self.cost.flops / chip.bf16_flops, self.cost.bytes / chip.hbm_bandwidth
         return Bound(compute, memory, network, self.cost.seconds)
 
@@ -83,8 +83,8 @@ def compile_job(job: Job, mesh: Mesh, chip: Chip) -> Compiled:
     program = Program(compiled.as_text(), {place: slices[number] for place, number in enumerate(order)})
 
     def kernel_share(name: str) -> float:
-        """An exchange has room for all rows of its group; kernels skip what is empty, on average all but a share."""
-        return 1 / mesh.shape["expert"] if EXCHANGE in name else 1.0
+        """An exchange has room for more rows than come on average; kernels skip what is empty."""
+        return 1 / ROOM if EXCHANGE in name else 1.0
 
     cost = program.cost(chip.bf16_flops, chip.hbm_bandwidth, kernel_share)
     peak = compiled.memory_analysis().peak_memory_in_bytes

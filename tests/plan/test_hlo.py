@@ -72,8 +72,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }
 """
     near, far = Program(text, {0: 0, 1: 0, 2: 0, 3: 0}).cost(), Program(text, {0: 0, 1: 0, 2: 1, 3: 1}).cost()
-    assert near.collectives == {("all-reduce", 2, False): 32.0}
-    assert far.collectives == {("all-reduce", 2, True): 32.0}
+    assert near.collectives == {("all-reduce", 2, 1, False): 32.0}
+    assert far.collectives == {("all-reduce", 2, 1, True): 32.0}
 
 
 def test_a_kernel_counts_with_its_own_estimate():
