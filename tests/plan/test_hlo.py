@@ -52,8 +52,8 @@ def test_collectives_count_what_a_device_receives():
     call = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=(P("expert"), P()), check_vma=False)
     text = compile_text(call, jax.device_put(jnp.zeros((8 * 128,)), jax.NamedSharding(mesh, P("expert"))))
     found = Program(text).cost().collectives
-    assert found["all-gather", 8, False] == 8 * 128 * 4 * 7 / 8
-    assert sum(size for (kind, _, _), size in found.items() if kind in ("all-reduce", "reduce-scatter")) > 0
+    assert found["all-gather", 8, 1, False] == 8 * 128 * 4 * 7 / 8
+    assert sum(size for (kind, _, _, _), size in found.items() if kind in ("all-reduce", "reduce-scatter")) > 0
 
 
 def test_groups_are_read_in_every_spelling():
