@@ -5,8 +5,8 @@ Experts lie on the `expert` axis, their widths on `tensor`, and each device rout
 - exchange, for many tokens: rows go to the devices that hold their expert and come back. A row travels straight to its
   place among the rows of its expert, so nothing is sorted on arrival. A device has room for twice its own tokens; if
   the router sends more to one of them, they come in as many rounds as that takes, usually one.
-- gather, for few tokens (decoding): every device of the group sees all tokens, computes the rows of its own experts,
-  and the partial sums are added. Weights are read once, and a few vectors travel.
+- gather, for few tokens (decoding) and where the compiler has no ragged exchange: every device of the group sees all
+  tokens, computes the rows of its own experts, and the partial sums are added.
 """
 
 import math
@@ -69,7 +69,8 @@ def routed_experts(
     group = sizes["expert"] if expert_axes else 1
     shared = group > 1 and "expert" not in token_axes  # every device of the group has the same tokens
     num_tokens = math.prod(x_BTD.shape[:2]) // math.prod(sizes[axis] for axis in token_axes)  # of a device
-    gather = shared or (group > 1 and num_tokens * group <= GATHER_BELOW)
+    few = num_tokens * group <= GATHER_BELOW
+    gather = shared or (group > 1 and (few or not _can_exchange(math.prod(sizes.values()))))
 
     def run(x, experts, scores, weights):
         weights = weights.gathered(places)
@@ -87,6 +88,11 @@ def routed_experts(
         run, in_specs=(tokens, tokens, tokens, places), out_specs=(tokens, PartitionSpec()), check_vma=False
     )
     return run(x_BTD, experts_BTk, scores_BTk, weights)
+
+
+def _can_exchange(num_devices: int) -> bool:
+    """Whether the compiler has a ragged exchange: not for v5e beyond 16 chips, which route along their torus only."""
+    return target().device_kind != "TPU v5 lite" or num_devices <= 16
 
 
 def _axes(entries) -> tuple[str, ...]:

@@ -58,14 +58,18 @@ class Compiled:
         return Bound(compute, memory, network, self.cost.seconds)
 
 
-def compile_job(job: Job, mesh: Mesh, chip: Chip) -> Compiled:
-    """Compiles the step of a job for the devices of a mesh, which are of one kind."""
-    started = time.monotonic()
+def lower_job(job: Job, mesh: Mesh) -> tuple[Any, dict[str, int]]:
+    """Returns the step of a job, traced for a mesh, and the bytes of one device's arguments by kind."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), use_rules(job.rules):
         build = _training if job.mode == "train" else _serving
         step, arguments, kinds = build(job, mesh)
-        by_kind = {kind: _bytes_of(tree) for kind, tree in kinds.items()}
-        lowered = step(*arguments)
+        return step(*arguments), {kind: _bytes_of(tree) for kind, tree in kinds.items()}
+
+
+def compile_job(job: Job, mesh: Mesh, chip: Chip) -> Compiled:
+    """Compiles the step of a job for the devices of a mesh, which are of one kind."""
+    started = time.monotonic()
+    lowered, by_kind = lower_job(job, mesh)
     fits, refusal, compiled = True, None, None
     try:
         compiled = lowered.compile()

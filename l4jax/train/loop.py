@@ -36,10 +36,11 @@ from l4jax.train.step import BATCH_AXES, make_train_step
 
 Resume = Literal["auto", "never", "must"]
 
-# Settings that may differ when a run goes on: they change what is written or how fast, or what is read from there on.
-# A whole source may come or go, and its weight change; its path may not.
+# Settings that may differ when a run goes on: they change what is written, where it runs and how fast, or what is read
+# from there on. A whole source may come or go, and its weight change; its path may not.
 FREE_TO_CHANGE = re.compile(
-    r"log_every|save_every|data\.(num_workers|skip_malformed|long_documents)|data\.sources\.[^.]+(\.weight)?"
+    r"log_every|save_every|parallel\.(mesh|remat|microbatches|offload_optimizer)"
+    r"|data\.(num_workers|skip_malformed|long_documents)|data\.sources\.[^.]+(\.weight)?"
 )
 
 

@@ -69,6 +69,19 @@ def run(data, directory, *, config=None, **options):
     return loop.train(config or data[0], data[1].training_batches(), directory, console=Console(quiet=True), **options)
 
 
+@pytest.mark.parametrize("mesh", ["expert=2", "fsdp=2,tensor=2"])
+def test_goes_on_on_another_mesh_with_the_same_loss(monkeypatch, data, whole, tmp_path, mesh):
+    stop_at(monkeypatch, 3, signal.SIGTERM)
+    assert run(data, tmp_path / "run").steps == 3
+    monkeypatch.undo()
+    elsewhere = load_run_config(DEMO, [*TINY, f"parallel.mesh={mesh}", "parallel.remat=full"])
+    assert run(data, tmp_path / "run", config=elsewhere).steps == 8
+    here, there = (read_metrics(path / "metrics.jsonl") for path in (whole[0], tmp_path / "run"))
+    assert [line["step"] for line in there] == [2, 4, 6, 8]
+    # Sums in another order; Adam makes more of it with every step.
+    np.testing.assert_allclose([x["loss"] for x in there[-2:]], [x["loss"] for x in here[-2:]], rtol=1e-4)
+
+
 def stop_at(monkeypatch, step: int, number: signal.Signals) -> None:
     """Sends this process a signal while step `step` runs."""
     make = loop.make_train_step
