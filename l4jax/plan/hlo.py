@@ -229,7 +229,8 @@ class Program:
             operand = computation.get(name)
             if operand is None or len(operand.shapes) != 1 or operand.shapes[0].in_fast_memory:
                 continue
-            read += _read_of(inner, index, operand.shapes[0].size) if inner else operand.shapes[0].size
+            size = operand.shapes[0].size
+            read += self._read_of_operand(inner, index, size) if inner else size
         written = sum(shape.size for shape in instruction.shapes if not shape.in_fast_memory)
         if instruction.opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * written
@@ -239,6 +240,31 @@ class Program:
             size = update.size if update else written
             return size + max(read - written, size)
         return read + written
+
+    def _read_of_operand(self, fusion: dict[str, Instruction], index: int, size: float) -> float:
+        """Returns how much of an operand of so many bytes a fusion reads: where only slices are taken of it, these."""
+        found = (i for i in fusion.values() if i.opcode == "parameter" and i.attributes.startswith(f"{index})"))
+        parameter = next(found, None)
+        return size if parameter is None else min(size, self._read_by_users(fusion, parameter.name, size))
+
+    def _read_by_users(self, fusion: dict[str, Instruction], name: str, size: float) -> float:
+        users = [i for i in fusion.values() if name in i.operands]
+        read = 0.0 if users else size
+        for user in users:
+            whole = user.operands[0] == name
+            if whole and user.opcode in ("dynamic-slice", "gather", "slice"):
+                read += user.size
+            elif whole and user.opcode in ("dynamic-update-slice", "scatter"):
+                continue  # in place
+            elif user.opcode == "bitcast":
+                read += self._read_by_users(fusion, user.name, size)
+            elif user.opcode == "fusion":
+                inner = self.computations.get(user.attribute("calls"), {})
+                places = [place for place, operand in enumerate(user.operands) if operand == name]
+                read += sum(self._read_of_operand(inner, place, size) for place in places)
+            else:
+                return size
+        return read
 
     def _turns(self, instruction: Instruction) -> int | None:
         """Returns how often a loop runs: what XLA says, or the constant that its condition compares with."""
@@ -332,19 +358,6 @@ def _parse(line: str) -> Instruction | None:
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
     # What stands in the brackets of these is no operand: a value, a number.
     return Instruction(name, opcode, shapes, operands, rest if opcode in ("constant", "parameter") else rest[end:])
-
-
-def _read_of(inner: dict[str, Instruction], index: int, size: float) -> float:
-    """Returns how much of an operand a fusion reads: where only slices are taken of it, these."""
-    found = (i for i in inner.values() if i.opcode == "parameter" and i.attributes.startswith(f"{index})"))
-    parameter = next(found, None)
-    if parameter is None:
-        return size
-    users = [i for i in inner.values() if parameter.name in i.operands]
-    ways = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
-    if users and ways <= {"dynamic-slice", "gather", "slice"}:
-        return min(size, sum(user.size for user in users))
-    return 0.0 if users and ways <= {"dynamic-update-slice", "scatter"} else size
 
 
 def _cost_estimate(attributes: str) -> dict[str, float]:
