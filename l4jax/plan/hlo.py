@@ -256,12 +256,13 @@ class Program:
                 read += user.size
             elif whole and user.opcode in ("dynamic-update-slice", "scatter"):
                 continue  # in place
-            elif user.opcode == "bitcast":
+            elif user.opcode in ("bitcast", "copy"):  # of a copy, too, only what is asked for is made
                 read += self._read_by_users(fusion, user.name, size)
             elif user.opcode == "fusion":
                 inner = self.computations.get(user.attribute("calls"), {})
                 places = [place for place, operand in enumerate(user.operands) if operand == name]
-                read += sum(self._read_of_operand(inner, place, size) for place in places)
+                asked = self._read_by_users(fusion, user.name, size)
+                read += sum(min(self._read_of_operand(inner, place, size), asked) for place in places)
             else:
                 return size
         return read
