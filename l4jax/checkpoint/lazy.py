@@ -140,6 +140,19 @@ class Picked:
         return self.stack.read((slice(self.position, self.position + 1), *index))[0]
 
 
+def read_into(array: LazyArray, index: Index, target: np.ndarray) -> None:
+    """Reads the box `index` into an array of its shape and any float dtype, which may be strided."""
+    in_order = list(target.strides) == sorted(target.strides, reverse=True)
+    if in_order and hasattr(array, "read_into"):
+        # Stored arrays do it chunk by chunk, without a copy of the box. What is transposed numpy does faster.
+        array.read_into(index, target)
+        return
+    values = array.read(index)
+    values = values if values.dtype == target.dtype else values.astype(target.dtype)
+    bits = bits_dtype(target.dtype)  # numpy copies bfloat16 item by item, its bits at full speed
+    target.view(bits)[...] = values.view(bits)
+
+
 def concatenate(pieces: list[np.ndarray], axis: int) -> np.ndarray:
     """`np.concatenate` that moves bits. Numpy copies bfloat16 and float8 item by item, many times slower."""
     dtype, bits = pieces[0].dtype, bits_dtype(pieces[0].dtype)
