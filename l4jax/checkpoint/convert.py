@@ -25,6 +25,7 @@ from l4jax.checkpoint.outputs import QUANTIZE, Output, bytes_needed, outputs
 from l4jax.checkpoint.pieces import JOURNAL, WORKERS, Journal, Piece, check_space, progress, work
 from l4jax.checkpoint.safetensors import encode_header
 from l4jax.checkpoint.source import Source
+from l4jax.host import keep_freed_memory
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
 SHARD_BYTES = 5_000_000_000
@@ -278,6 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_freed_memory()
     started = time.monotonic()
     destination = convert(args.source, args.destination, to=args.to, dtype=args.dtype, quantize=args.quantize)
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())

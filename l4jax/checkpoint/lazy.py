@@ -5,6 +5,7 @@ A checkpoint is larger than memory, so nothing here is ever read whole unless as
 """
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,8 @@ from typing import Protocol
 import numpy as np
 
 Index = tuple[slice, ...]
+TILE = 128
+"""Rows and columns of a tile in transposing."""
 
 
 class LazyArray(Protocol):
@@ -52,7 +55,9 @@ class View:
         return self.array.dtype
 
     def read(self, index: Index) -> np.ndarray:
-        return self.array[index]
+        box = self.array[index]
+        prefetch(box)
+        return box
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,27 @@ def read_into(array: LazyArray, index: Index, target: np.ndarray) -> None:
         return
     values = array.read(index)
     values = values if values.dtype == target.dtype else values.astype(target.dtype)
-    bits = bits_dtype(target.dtype)  # numpy copies bfloat16 item by item, its bits at full speed
-    target.view(bits)[...] = values.view(bits)
+    # Numpy copies bfloat16 item by item, its bits at full speed; and transposes twice as fast what fits the cache.
+    target, values = (array.view(bits_dtype(target.dtype)) for array in (target, values))
+    tile, fastest = list(target.shape), {int(np.argmin(array.strides)) for array in (target, values)}
+    if len(fastest) == 2:
+        for axis in fastest:
+            tile[axis] = min(tile[axis], TILE)
+    for box in boxes(target.shape, tile):
+        target[box] = values[box]
+
+
+def prefetch(array: np.ndarray) -> None:
+    """Asks for all pages of a view of a mapped file; page faults would ask for 128 kB at a time, and wait for them."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not array.size or not hasattr(mmap, "MADV_WILLNEED"):  # absent on Windows
+        return
+    low, high = np.lib.array_utils.byte_bounds(array)
+    start = low - np.frombuffer(base, np.uint8, 1).ctypes.data
+    aligned = start - start % mmap.PAGESIZE
+    base.madvise(mmap.MADV_WILLNEED, aligned, start + high - low - aligned)
 
 
 def concatenate(pieces: list[np.ndarray], axis: int) -> np.ndarray:
