@@ -5,7 +5,6 @@ A checkpoint is larger than memory, so nothing here is ever read whole unless as
 """
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,9 +54,7 @@ class View:
         return self.array.dtype
 
     def read(self, index: Index) -> np.ndarray:
-        box = self.array[index]
-        prefetch(box)
-        return box
+        return self.array[index]
 
 
 @dataclass(frozen=True)
@@ -162,19 +159,6 @@ def read_into(array: LazyArray, index: Index, target: np.ndarray) -> None:
             tile[axis] = min(tile[axis], TILE)
     for box in boxes(target.shape, tile):
         target[box] = values[box]
-
-
-def prefetch(array: np.ndarray) -> None:
-    """Asks for all pages of a view of a mapped file; page faults would ask for 128 kB at a time, and wait for them."""
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap) or not array.size or not hasattr(mmap, "MADV_WILLNEED"):  # absent on Windows
-        return
-    low, high = np.lib.array_utils.byte_bounds(array)
-    start = low - np.frombuffer(base, np.uint8, 1).ctypes.data
-    aligned = start - start % mmap.PAGESIZE
-    base.madvise(mmap.MADV_WILLNEED, aligned, start + high - low - aligned)
 
 
 def concatenate(pieces: list[np.ndarray], axis: int) -> np.ndarray:
