@@ -72,7 +72,6 @@ class Quantized:
     dtype: np.dtype
     """Of the values."""
     scales_shape: tuple[int, ...]
-    source_itemsize: int
 
     @property
     def bytes_per_value(self) -> float:
@@ -81,7 +80,7 @@ class Quantized:
     def create(
         self, params: Path, path: str, shape: tuple[int, ...]
     ) -> tuple[tuple[int, ...], dict[str, ts.TensorStore]]:
-        piece = zarr.piece_along_outputs(shape, self.source_itemsize, self.axes)
+        piece = zarr.piece_along_outputs(shape, 4, self.axes)  # computed in float32, whatever the source
         assert all(piece[axis] == shape[axis] for axis in self.axes), (path, piece, shape)
         scales_piece = tuple(min(size, number) for size, number in zip(piece, self.scales_shape, strict=True))
         scales = zarr.create_array(params, f"{path}.scales", self.scales_shape, np.dtype(np.float32), scales_piece)
@@ -118,9 +117,7 @@ def outputs(
         array = arrays[one.path]
         quantize = quant.quantizer(one, scheme)
         made = jax.eval_shape(quantize, jax.ShapeDtypeStruct(array.shape, array.dtype))
-        found[one.path] = Quantized(
-            quantize, one.axes, np.dtype(made.values.dtype), made.scales.shape, array.dtype.itemsize
-        )
+        found[one.path] = Quantized(quantize, one.axes, np.dtype(made.values.dtype), made.scales.shape)
     return found
 
 
