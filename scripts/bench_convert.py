@@ -75,7 +75,10 @@ def write_synthetic(directory: Path, config: Llama4Config) -> int:
                     left -= count
             total += file.tell()
     if len(groups) > 1:
-        index = {"weight_map": {key: name for name, keys in groups.items() for key in keys}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for name, keys in groups.items() for key in keys},
+        }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
     os.sync()

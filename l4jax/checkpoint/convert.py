@@ -19,23 +19,34 @@ import ml_dtypes
 import numpy as np
 
 from l4jax.checkpoint import manifest, names, store, zarr
-from l4jax.checkpoint.lazy import Index, LazyArray, Picked, boxes, concatenate, contiguous
+from l4jax.checkpoint.lazy import Index, LazyArray, boxes, read_into
 from l4jax.checkpoint.opening import open_checkpoint
+from l4jax.checkpoint.outputs import QUANTIZE, Output, bytes_needed, outputs
 from l4jax.checkpoint.pieces import JOURNAL, WORKERS, Journal, Piece, check_space, progress, work
 from l4jax.checkpoint.safetensors import encode_header
 from l4jax.checkpoint.source import Source
+from l4jax.host import keep_freed_memory
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
 SHARD_BYTES = 5_000_000_000
 """Largest safetensors file of an export, unless one tensor is larger; what Hugging Face recommends."""
 
 
-def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", dtype: str | None = None) -> Path:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "l4jax",
+    dtype: str | None = None,
+    quantize: str | None = None,
+) -> Path:
     """Writes the checkpoint `source` (any format) as `destination`. Interrupted, the same call goes on.
 
     Args:
         to: "l4jax" or "hf".
         dtype: "bfloat16", "float16" or "float32"; None keeps the dtype of each parameter (bfloat16 where it is FP8).
+        quantize: one of QUANTIZE, for experts and linears of the text layers (`l4jax.model.quant`); `dtype` is then
+            that of the rest. Only to l4jax.
 
     Raises:
         FileNotFoundError: the source lacks files.
@@ -43,23 +54,35 @@ def convert(source: str | Path, destination: str | Path, *, to: str = "l4jax", d
         ValueError: the source is damaged or does not fit its config.
         OSError: the disk is full or not writable.
     """
+    if quantize and to != "l4jax":
+        raise ValueError(f"quantize={quantize!r} is for l4jax checkpoints, not for {to}; leave one of the two out")
     opened, destination = open_checkpoint(source), Path(destination)
+    if opened.quantize is not None:
+        raise ValueError(
+            f"{source} is quantised to {opened.quantize}, and what was rounded off is lost; "
+            "convert the checkpoint that it was made from"
+        )
     if destination.exists():
         raise FileExistsError(f"{destination} is there already; remove it or choose another name")
     partial = store.partial_directory(destination)
     parent = next(folder for folder in (destination.absolute(), *destination.absolute().parents) if folder.is_dir())
     wanted = DTYPES[dtype] if dtype else None
-    needed = sum(math.prod(array.shape) * (wanted or array.dtype).itemsize for array in opened.arrays.values())
+    written = outputs(opened.config, opened.arrays, wanted, quantize)
+    needed = bytes_needed(opened.arrays, written)
     present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     check_space(parent, int(needed * 1.001) + (16 << 20) - present)
 
-    job = {"source": _fingerprint(opened), "to": to, "dtype": dtype, "format": manifest.FORMAT}
+    job = {"source": _fingerprint(opened), "to": to, "dtype": dtype, "quantize": quantize, "format": manifest.FORMAT}
     with Journal(partial, job) as journal:
-        known = (_write_l4jax if to == "l4jax" else _write_hf)(opened, partial, wanted, journal)
+        if to == "l4jax":
+            known = _write_l4jax(opened, partial, written, journal)
+        else:
+            known = _write_hf(opened, partial, wanted, journal)
     store.copy_companions(opened.directory, partial)
     facts = {
         "converted_from": opened.kind,
         "dtype": dtype or "as in the source",
+        **({"quantize": quantize} if quantize else {}),
         "left_out": opened.ignored,
         "written": time.strftime("%Y-%m-%d"),
     }
@@ -78,34 +101,43 @@ def _fingerprint(source: Source) -> list:
 # --- To l4jax -----------------------------------------------------------------------------------------------------
 
 
-def _write_l4jax(source: Source, directory: Path, dtype: np.dtype | None, journal: Journal) -> dict[str, str]:
+def _write_l4jax(source: Source, directory: Path, written: Mapping[str, Output], journal: Journal) -> dict[str, str]:
     """Writes arrays and config; returns sha256 by file name."""
     params = directory / "params"
     params.mkdir(exist_ok=True)
-    pieces = []
+    pieces, files, all_targets = [], {}, []
     for path, array in source.arrays.items():
-        kind = dtype or array.dtype
-        shape = zarr.source_friendly_piece(path, array.shape, kind.itemsize)
-        target = zarr.create_array(params, path, array.shape, kind, shape)
+        output = written[path]
+        shape, targets = output.create(params, path, array.shape)
+        all_targets += targets
         for box in boxes(array.shape, shape):
-            file = zarr.piece_file(params, path, shape, box)
+            held = [zarr.piece_file(params, target, shape, box) for target in targets]
 
-            def write(array=array, target=target, box=box, file=file) -> str:
-                zarr.write_box(target, box, array.read(box))
+            def write(array=array, output=output, targets=targets, box=box, held=held) -> str:
+                for target, (place, values) in zip(targets.values(), output.split(box, array.read(box)), strict=True):
+                    zarr.write_box(target, place, values)
                 source.release()
-                return manifest.sha256(file)
+                return _checksum(held)
 
-            def checksum(file=file) -> str | None:
-                return manifest.sha256(file) if file.is_file() else None
+            def checksum(held=held) -> str | None:
+                return _checksum(held) if all(file.is_file() for file in held) else None
 
-            size = math.prod(part.stop - part.start for part in box) * kind.itemsize
+            size = round(math.prod(part.stop - part.start for part in box) * output.bytes_per_value)
             order = (path.rpartition("experts.")[0] or path, [part.start for part in box], path)
-            pieces.append((order, Piece(file.relative_to(directory).as_posix(), size, write, checksum)))
+            piece = Piece(held[0].relative_to(directory).as_posix(), size, write, checksum)
+            files[piece.name] = [file.relative_to(directory).as_posix() for file in held]
+            pieces.append((order, piece))
     # Gate and up lie side by side in the source, so they are read one after the other.
     work([piece for _, piece in sorted(pieces, key=lambda item: item[0])], journal, "converting")
-    zarr.write_orbax_metadata(params, source.arrays)
+    zarr.write_orbax_metadata(params, all_targets)
     (directory / "config.json").write_text(json.dumps(source.config.to_hf(), indent=2) + "\n")
-    return journal.done
+    digests = {name: journal.done[name].split() for name in files}
+    return {file: digest for name in files for file, digest in zip(files[name], digests[name], strict=True)}
+
+
+def _checksum(files: list[Path]) -> str:
+    """Returns the sha256 of each, in one line."""
+    return " ".join(map(manifest.sha256, files))
 
 
 # --- To Hugging Face ----------------------------------------------------------------------------------------------
@@ -148,8 +180,7 @@ def _write_hf(source: Source, directory: Path, dtype: np.dtype | None, journal: 
 
 def _layer(source: Source, path: str) -> LazyArray:
     place, position = names.locate(source.config, path)
-    array = source.arrays[place]
-    return array if position is None else Picked(array, position)
+    return zarr.pick(source.arrays[place], position)
 
 
 def _spread_shape(source: Source, row: names.Row) -> tuple[int, ...]:
@@ -187,12 +218,11 @@ def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, star
         offset = start + first * dtype.itemsize
 
         def write(box=box, offset=offset) -> str:
-            found = [
-                _tensor_box(array, part.pattern, box, len(arrays))
-                for array, part in zip(arrays, row.parts, strict=True)
-            ]
-            block = found[0] if len(found) == 1 else concatenate(found, -1)
-            block = contiguous(block if block.dtype == dtype else block.astype(dtype))
+            block = np.empty([part.stop - part.start for part in box], dtype)
+            blocks = np.split(block, len(arrays), -1)  # parts of equal size are joined along the last axis, never cut
+            for array, part, target in zip(arrays, row.parts, blocks, strict=True):
+                whole = box if len(arrays) == 1 else (*box[:-1], slice(0, target.shape[-1]))
+                _read_tensor_box(array, part.pattern, whole, target)
             source.release()
             data = memoryview(block.reshape(-1).view(np.uint8))
             _write_at(path, offset, data)
@@ -206,15 +236,12 @@ def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, star
         yield Piece(f"{path.name}@{offset}", size, write, checksum)
 
 
-def _tensor_box(array: LazyArray, pattern: str, box: Index, num_parts: int) -> np.ndarray:
-    """Returns the box of a tensor (in its spread axes) from the parameter."""
-    letters = names.source_letters(pattern)
-    if num_parts > 1:  # parts are joined along the last axis, which is never cut
-        box = (*box[:-1], slice(0, array.shape[names.target_letters(pattern).index(letters[-1])]))
+def _read_tensor_box(array: LazyArray, pattern: str, box: Index, target: np.ndarray) -> None:
+    """Reads the box of a tensor (in its spread axes) from the parameter."""
+    letters, order = names.source_letters(pattern), names.target_letters(pattern)
     by_letter = dict(zip(letters, box, strict=True))
-    order = names.target_letters(pattern)
-    values = array.read(tuple(by_letter[letter] for letter in order))
-    return values.transpose([order.index(letter) for letter in letters])
+    index = tuple(by_letter[letter] for letter in order)
+    read_into(array, index, target.transpose([letters.index(letter) for letter in order]))
 
 
 def _write_at(path: Path, offset: int, data: memoryview) -> None:
@@ -248,11 +275,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", help="directory to write; must not exist")
     parser.add_argument("--to", choices=("l4jax", "hf"), default="l4jax", help="format to write (default: l4jax)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as in the source, bfloat16 for FP8")
+    parser.add_argument("--quantize", choices=QUANTIZE, help="experts and linears of the text layers, for inference")
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_freed_memory()
     started = time.monotonic()
-    destination = convert(args.source, args.destination, to=args.to, dtype=args.dtype)
+    destination = convert(args.source, args.destination, to=args.to, dtype=args.dtype, quantize=args.quantize)
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     seconds = time.monotonic() - started
     print(f"{destination}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s), every file hashed")

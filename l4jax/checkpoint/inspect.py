@@ -98,6 +98,7 @@ def summary(path: Path) -> dict:
     return {
         "path": str(path),
         "kind": KINDS[source.kind],
+        **({"quantize": source.quantize} if source.quantize else {}),
         **_totals(entries_of_source(source)),
         "active_parameters": active_parameters(source.config),
         "files": len(source.weight_files),
@@ -115,7 +116,7 @@ def _totals(entries: list[Entry]) -> dict:
     for entry in entries:
         dtypes[entry.dtype.name] += entry.num_values
     return {
-        "parameters": sum(entry.num_values for entry in entries),
+        "parameters": sum(entry.num_values for entry in entries if not entry.name.endswith(".scales")),
         "bytes": sum(entry.size for entry in entries),
         "arrays": len(entries),
         "dtypes": dict(dtypes),
@@ -327,6 +328,8 @@ def _lines(report: dict, args: argparse.Namespace) -> list[str]:
         f"parameters   {report['parameters']:,} in {report['arrays']:,} arrays, {report['bytes'] / 1e9:,.2f} GB",
         f"dtypes       {', '.join(f'{name} {count:,}' for name, count in report['dtypes'].items())}",
     ]
+    if "quantize" in report:
+        lines.append(f"quantised    {report['quantize']}: experts and linears of the text layers, with float32 scales")
     if "model" in report:
         lines[1] += f"; {report['active_parameters']:,} active for a text token"
         lines += [f"{name:<12} {line}" for name, line in report["model"].items()]

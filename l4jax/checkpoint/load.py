@@ -10,14 +10,18 @@ import jax
 import numpy as np
 
 from l4jax.checkpoint import names
-from l4jax.checkpoint.lazy import Index, LazyArray, Picked, bits_dtype, boxes
+from l4jax.checkpoint.lazy import Index, LazyArray, boxes, read_into
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.source import Source
-from l4jax.checkpoint.zarr import Stored, source_friendly_piece
+from l4jax.checkpoint.zarr import pick, source_friendly_piece
 from l4jax.config import Llama4Config
+from l4jax.ops import QuantizedArray
+
+Leaf = jax.ShapeDtypeStruct | QuantizedArray
+"""A parameter that is wanted; a quantised one has two shapes."""
 
 
-def load(source: Source | str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load(source: Source | str | Path, abstract: Mapping[str, Leaf]) -> dict[str, jax.Array | QuantizedArray]:
     """Returns the parameters that `abstract` asks for, with its dtypes and shardings.
 
     Paths may be stacked or unrolled, and may be a part of the model: what is not asked for is not read. Leaves are read
@@ -25,7 +29,8 @@ def load(source: Source | str | Path, abstract: Mapping[str, jax.ShapeDtypeStruc
 
     Args:
         source: a checkpoint or its directory.
-        abstract: path -> shape, dtype and sharding (None: the default device).
+        abstract: path -> shape, dtype and sharding (None: the default device). What is quantised in the checkpoint
+            must be asked for in that form, and only that.
 
     Raises:
         KeyError: the checkpoint has no such parameter.
@@ -33,27 +38,38 @@ def load(source: Source | str | Path, abstract: Mapping[str, jax.ShapeDtypeStruc
     """
     if not isinstance(source, Source):
         source = open_checkpoint(source)
-    arrays = select(source, abstract)
+    parts = {path: _parts(path, leaf) for path, leaf in abstract.items()}
+    arrays = select(source, [part for found in parts.values() for part in found])
     loaded = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, leaf in abstract.items():
-            loaded[path] = _load_leaf(pool, path, arrays[path], leaf, source.release)
+            read = [_load_leaf(pool, part, arrays[part], one, source.release) for part, one in parts[path].items()]
+            loaded[path] = jax.tree.unflatten(jax.tree.structure(leaf), read)
     return loaded
+
+
+def _parts(path: str, leaf: Leaf) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arrays on disk that make up a parameter."""
+    if not isinstance(leaf, QuantizedArray):
+        return {path: leaf}
+    return {f"{path}.values": leaf.values, f"{path}.scales": leaf.scales}
 
 
 def select(source: Source, paths: Iterable[str]) -> dict[str, LazyArray]:
     """Returns the lazy arrays at stacked or unrolled `paths`."""
-    found = {}
-    for path, (place, position) in names.places(source.config, paths).items():
+    found, ends = {}, {path: names.quantized_end(path) for path in paths}
+    places = names.places(source.config, [path.removesuffix(end) for path, end in ends.items()])
+    for path, end in ends.items():
+        place, position = places[path.removesuffix(end)]
+        place += end
+        if f"{place}.values" in source.arrays:
+            raise ValueError(
+                f"{path} in {source.directory} is quantised to {source.quantize}, for inference alone; "
+                "use the checkpoint that it was made from"
+            )
         if place not in source.arrays:
             raise KeyError(f"{source.directory} has no {path}")
-        array = source.arrays[place]
-        if position is None:
-            found[path] = array
-        elif isinstance(array, Stored):
-            found[path] = Stored(array.store[position])
-        else:
-            found[path] = Picked(array, position)
+        found[path] = pick(source.arrays[place], position)
     return found
 
 
@@ -87,16 +103,10 @@ def _read_box(
 ) -> np.ndarray:
     """Returns a box of a parameter in memory of its own; threads fill it piece by piece."""
     values = _aligned_empty([stop - start for start, stop in bounds], dtype)
-    bits = bits_dtype(dtype)
 
     def fill(box: Index) -> None:
         place = tuple(slice(b.start + low, b.stop + low) for b, (low, _) in zip(box, bounds, strict=True))
-        if isinstance(array, Stored):
-            array.read_into(place, values[box])
-            return
-        piece = array.read(place)
-        piece = piece if piece.dtype == dtype else piece.astype(dtype)
-        values.view(bits)[box] = piece.view(bits)  # numpy copies bfloat16 item by item, its bits at full speed
+        read_into(array, place, values[box])
         release()
 
     list(pool.map(fill, boxes(values.shape, source_friendly_piece(path, values.shape, dtype.itemsize))))

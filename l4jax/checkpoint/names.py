@@ -345,6 +345,11 @@ def parameter_shapes(config: Llama4Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def quantized_end(path: str) -> str:
+    """Returns the end of the path of one of the two arrays of a quantised parameter; nothing for any other path."""
+    return next((end for end in (".values", ".scales") if path.endswith(end)), "")
+
+
 # --- Patterns -----------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ class Source:
     """Tensors that are left out on purpose, with the reason."""
     release: Callable[[], None] = lambda: None
     """Hands mapped pages back, so that resident memory stays small."""
+    quantize: str | None = None
+    """Scheme of an l4jax checkpoint in few bits, whose quantised parameters are two arrays, `.values` and `.scales`."""
 
 
 def read_json(path: Path) -> dict:

@@ -1,6 +1,7 @@
 """l4jax checkpoints: `params/` (Orbax), `config.json`, tokenizer and licence files, `manifest.json`."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,9 +37,12 @@ def open_store(directory: Path) -> Source:
     """
     manifest = read_manifest(directory)
     check_sizes(directory, manifest)
-    config, params = load_config(directory), directory / "params"
-    expected = parameter_shapes(config)
+    config, params, scheme = load_config(directory), directory / "params", manifest.get("quantize")
     stored = {path.parent.name for path in params.glob("*/zarr.json")}
+    expected = {}
+    for path, shape in parameter_shapes(config).items():
+        quantized = scheme is not None and f"{path}.values" in stored
+        expected |= {f"{path}.values": shape, f"{path}.scales": shape} if quantized else {path: shape}
     if stored != set(expected):
         missing, more = sorted(set(expected) - stored), sorted(stored - set(expected))
         raise ValueError(
@@ -47,13 +51,16 @@ def open_store(directory: Path) -> Source:
         )
     arrays = {path: zarr.open_array(params, path) for path in expected}
     for path, array in arrays.items():
-        if array.shape != expected[path]:
+        shape = array.shape
+        if path.endswith(".scales") and len(shape) == len(expected[path]) and math.prod(shape):
+            shape = tuple(n if n % s == 0 else s for n, s in zip(expected[path], shape, strict=True))  # one for a block
+        if shape != expected[path]:
             raise ValueError(
                 f"{params / path} has shape {list(array.shape)}, config.json asks for {list(expected[path])}; "
                 "the config belongs to other weights"
             )
     files = [directory / name for name in manifest["files"] if name.startswith("params/")]
-    return Source(directory, "l4jax", config, arrays, files)
+    return Source(directory, "l4jax", config, arrays, files, quantize=scheme)
 
 
 def save(
@@ -68,7 +75,8 @@ def save(
     """Writes a finished checkpoint; what was there before is replaced only when the new one is complete.
 
     Args:
-        params: path -> array (jax or numpy), stacked or unrolled. They are written one after the other.
+        params: path -> array (jax or numpy), stacked or unrolled. They are written one after the other. Not quantised:
+            few bits are made on the way from released weights, by `l4jax convert`.
         companions: directory whose tokenizer, template and licence files go into the checkpoint.
         dtype: "bfloat16", "float32", ...; None keeps the dtype of each array.
         notes: recorded in the manifest.
@@ -106,6 +114,11 @@ def stacked_views(params: Mapping[str, object], config: Llama4Config) -> dict[st
         KeyError, ValueError: paths or shapes are not those of `config`.
     """
     expected, stacks = parameter_shapes(config), {}
+    if quantized := [path for path, array in params.items() if hasattr(array, "scales")]:
+        raise ValueError(
+            f"{quantized[0]} and {len(quantized) - 1} more are quantised and cannot be saved; "
+            "copy the directory that they came from, or quantise with `l4jax convert --quantize`"
+        )
     for path, (place, position) in places(config, params).items():
         stacks.setdefault(place, {})[position] = LiveArray(params[path])
     arrays = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from l4jax.checkpoint.lazy import Index
+from l4jax.checkpoint.lazy import Index, LazyArray, Picked
 
 PIECE_BYTES = 64 << 20
 """Aim for the size of a file, which is also the unit of memory, of progress and of what a kill can lose."""
@@ -56,6 +56,13 @@ class Stored:
             raise ValueError(f"{path} is damaged ({_first_line(error)}); fetch or convert it again") from None
 
 
+def pick(array: LazyArray, position: int | None) -> LazyArray:
+    """Returns one layer of a stack; the array itself if it is none."""
+    if position is None:
+        return array
+    return Stored(array.store[position]) if isinstance(array, Stored) else Picked(array, position)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).split(" [")[0].splitlines()[0][:200]
 
@@ -82,10 +89,17 @@ def source_friendly_piece(path: str, shape: tuple[int, ...], itemsize: int) -> t
     if not transposed:
         return piece_shape(shape, itemsize)
     stacked = 1 if ".cycle." in path else 0
-    outputs = shape[-1:] if path.endswith("o_proj.kernel") else shape[stacked + 1 :]
-    inputs = shape[stacked : len(shape) - len(outputs)]
-    turned = piece_shape((*shape[:stacked], *outputs, *inputs), itemsize)
-    return (*turned[:stacked], *turned[stacked + len(outputs) :], *turned[stacked : stacked + len(outputs)])
+    inputs = len(shape) - stacked - 1 if path.endswith("o_proj.kernel") else 1
+    return piece_along_outputs(shape, itemsize, range(stacked, stacked + inputs))
+
+
+def piece_along_outputs(shape: tuple[int, ...], itemsize: int, inputs: Iterable[int]) -> tuple[int, ...]:
+    """Returns the shape of a file that is cut along the axes `inputs` last, so that it has them whole if they fit."""
+    inputs = list(inputs)
+    first = [axis for axis in range(len(shape)) if axis < inputs[0]]
+    order = [*first, *(axis for axis in range(len(shape)) if axis not in (*first, *inputs)), *inputs]
+    turned = piece_shape(tuple(shape[axis] for axis in order), itemsize)
+    return tuple(turned[order.index(axis)] for axis in range(len(shape)))
 
 
 def chunk_shape(piece: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -111,8 +125,11 @@ def _even_part(size: int, limit: int) -> int:
 
 def create_array(directory: Path, path: str, shape: tuple[int, ...], dtype: np.dtype, piece: tuple[int, ...]):
     """Creates (or reopens) the array of one parameter, as Orbax lays it out. Its chunks are checksummed."""
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": chunk_shape(piece, dtype.itemsize), "codecs": codecs, "index_codecs": codecs}
+    plain = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    # Zarr gives int4 a byte each; of 16 different bytes zstd makes less than half, more than packing would.
+    packed = [plain[0], {"name": "zstd", "configuration": {"level": 1}}, plain[1]]
+    codecs = packed if dtype.name == "int4" else plain
+    sharding = {"chunk_shape": chunk_shape(piece, dtype.itemsize), "codecs": codecs, "index_codecs": plain}
     opening = ts.open(
         _spec(directory, path)
         | {

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32, Int
 
 from l4jax.checkpoint import load as checkpoint
@@ -25,6 +25,7 @@ from l4jax.inference.generate import Event, Generation, Prompt, collect, stream
 from l4jax.inference.options import CHAT_TOKENS, DEFAULT_MAX_LEN, DTYPES, SamplingOptions
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
+from l4jax.model.quant import quantize_model
 from l4jax.processing.chat import Message, Processor
 from l4jax.processing.image import ImageSource
 from l4jax.processing.tokenizer import BaseTokenizer, ByteTokenizer, load_tokenizer
@@ -216,6 +217,8 @@ def load(
     elif not isinstance(mesh, Mesh):
         raise ValueError(f'mesh={mesh!r} must be "auto" or made by l4jax.sharding.make_mesh')
     abstract = abstract_model(config, dtype=jnp.dtype(dtype))
+    if isinstance(source, Source) and source.quantize is not None:
+        abstract = quantize_model(abstract, source.quantize)
     with use_rules(SERVING):
         wanted = sharded_params(abstract, mesh)
     check_memory(str(model), wanted, mesh)
@@ -252,13 +255,13 @@ def auto_mesh(config: Llama4Config) -> Mesh:
     return make_mesh(tensor=math.gcd(len(jax.devices()), *heads))
 
 
-def sharded_params(abstract: Llama4, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def sharded_params(abstract: Llama4, mesh: Mesh) -> dict[str, checkpoint.Leaf]:
     """Returns shape, dtype and place of every parameter, under its dotted path."""
-    shardings = param_shardings(abstract, mesh)
-    return {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
-        for path, leaf in flat_params(abstract).items()
-    }
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, flat_params(abstract), param_shardings(abstract, mesh))
 
 
 def random_params(config: Llama4Config, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -271,13 +274,14 @@ def random_params(config: Llama4Config, wanted: Mapping[str, jax.ShapeDtypeStruc
     return jax.jit(create, out_shardings={path: leaf.sharding for path, leaf in wanted.items()})()
 
 
-def check_memory(name: str, wanted: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> None:
+def check_memory(name: str, wanted: Mapping[str, checkpoint.Leaf], mesh: Mesh) -> None:
     """Checks that the weights fit, before the machine comes to a halt over them.
 
     Raises:
         ValueError: they do not.
     """
-    needed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in wanted.values())
+    leaves = jax.tree.leaves(wanted)
+    needed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     free = free_memory(mesh.devices.flat[0])
     if free is not None and needed > free:
         dtype, each = wanted["norm.scale"].dtype.name, " a device" if mesh.size > 1 else ""

@@ -7,7 +7,8 @@ small numbers (`ops.routed_experts`) and by `linear.einsum`.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,37 @@ GROUP = 128
 """Numbers that share a scale in int4."""
 
 
-def quantizable(model: Llama4) -> Iterator[tuple[nnx.Param, tuple[int, ...], bool]]:
-    """Yields each parameter that is quantised, the axes over which it is contracted, and whether it is of experts."""
-    for path, module in nnx.iter_modules(model.layers):
+class Quantizable(NamedTuple):
+    """A parameter that is quantised."""
+
+    path: str
+    param: nnx.Param
+    axes: tuple[int, ...]
+    """Over which it is contracted."""
+    is_experts: bool
+
+
+def quantizable(model: Llama4) -> Iterator[Quantizable]:
+    """Yields each parameter that is quantised."""
+    for keys, module in nnx.iter_modules(model.layers):
+        path = ".".join(map(str, ("layers", *keys)))
         if isinstance(module, Experts):
-            for param in (module.gate_proj, module.up_proj, module.down_proj):
-                yield param, (param.get_value().ndim - 2,), True
-        elif isinstance(module, Linear) and "router" not in path:
-            yield module.kernel, contracted_axes(module.equation, module.kernel.get_value().ndim), False
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                param = getattr(module, name)
+                yield Quantizable(f"{path}.{name}", param, (param.get_value().ndim - 2,), True)
+        elif isinstance(module, Linear) and "router" not in keys:
+            axes = contracted_axes(module.equation, module.kernel.get_value().ndim)
+            yield Quantizable(f"{path}.kernel", module.kernel, axes, False)
+
+
+def quantizer(found: Quantizable, scheme: str) -> Callable[[jax.Array], ops.QuantizedArray]:
+    """Returns what makes few bits of a parameter, or of a box of it that has the contracted axes whole."""
+    dtype = SCHEMES[scheme][0 if found.is_experts else 1]
+    group = GROUP if dtype == jnp.int4 and found.param.get_value().shape[found.axes[0]] % GROUP == 0 else None
+    return functools.partial(_quantize, dtype=dtype, axis=found.axes, group_size=group)
+
+
+_quantize = jax.jit(ops.quantize, static_argnames=("dtype", "axis", "group_size"))
 
 
 def quantize_model(model: Llama4, scheme: str) -> Llama4:
@@ -46,11 +70,8 @@ def quantize_model(model: Llama4, scheme: str) -> Llama4:
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantize={scheme!r} is not one of {', '.join(SCHEMES)}")
-    for param, axes, is_experts in quantizable(model):
-        dtype = SCHEMES[scheme][0 if is_experts else 1]
-        group = GROUP if dtype == jnp.int4 and param.get_value().shape[axes[0]] % GROUP == 0 else None
-        weights = param.get_value()
-        quantize = functools.partial(ops.quantize, dtype=dtype, axis=axes, group_size=group)
+    for found in quantizable(model):
+        weights, quantize = found.param.get_value(), quantizer(found, scheme)
         abstract = isinstance(weights, jax.ShapeDtypeStruct)
-        param.set_value(jax.eval_shape(quantize, weights) if abstract else jax.jit(quantize)(weights))
+        found.param.set_value(jax.eval_shape(quantize, weights) if abstract else quantize(weights))
     return model
