@@ -128,6 +128,8 @@ def main() -> None:
         return
 
     config = synthetic_config(1, 32, 32768) if args.wide else synthetic_config(args.layers, 16, args.vocab)
+    if args.directory:
+        args.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         work = Path(folder)
         size = write_synthetic(work / "source", config)
