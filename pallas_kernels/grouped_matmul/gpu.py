@@ -38,6 +38,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.dispatch import target
 from pallas_kernels.gpu import Span, card, dot, load, power_of_two, refuse_platform, refuse_size, store
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.finish import add, itself, swiglu, swiglu_and_parts
 from pallas_kernels.grouped_matmul.groups import of_layer
 from pallas_kernels.quantized import QuantizedArray
 
@@ -246,22 +247,6 @@ def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_local: 
         interpret=interpret,
         name="grouped_outer_products",
     )(groups, rows_RD, others_RF)
-
-
-def itself(product: Array) -> list[Array]:
-    return [product]
-
-
-def swiglu(gate: Array, up: Array) -> list[Array]:
-    return [jax.nn.silu(gate) * up]
-
-
-def swiglu_and_parts(gate: Array, up: Array) -> list[Array]:
-    return [*swiglu(gate, up), gate, up]
-
-
-def add(first: Array, second: Array) -> list[Array]:
-    return [first + second]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

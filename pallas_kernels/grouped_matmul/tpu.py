@@ -41,6 +41,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.finish import add, itself, swiglu, swiglu_and_parts
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.tpu import INTERPRET, refuse_platform
@@ -420,22 +421,6 @@ def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_groups:
         interpret=INTERPRET if interpret else False,
         name="grouped_outer_products",
     )(steps, rows_RD, others_RF)
-
-
-def itself(product: Array) -> list[Array]:
-    return [product]
-
-
-def swiglu(gate: Array, up: Array) -> list[Array]:
-    return [jax.nn.silu(gate) * up]
-
-
-def swiglu_and_parts(gate: Array, up: Array) -> list[Array]:
-    return [*swiglu(gate, up), gate, up]
-
-
-def add(first: Array, second: Array) -> list[Array]:
-    return [first + second]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

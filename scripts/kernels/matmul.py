@@ -11,6 +11,7 @@ import numpy as np
 from kernels.cases import NUM_CORES, Case, Count, Program, array, moved
 from kernels.dumps import Kernel
 from pallas_kernels.grouped_matmul import tiles, tpu
+from pallas_kernels.grouped_matmul.finish import itself, swiglu
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.shapes import TEXT_SHAPES
@@ -78,7 +79,7 @@ def ours(num_rows: int, num_groups: int, shape=UP, num_weights=1, bits=16, num_s
         strips = moved(t.strip * depth * 2, steps.rows_strip)
         columns = moved(matrix_bytes * t.cols // width, steps.group, steps.weight_cols)
         used = int((groups.end_e > groups.start_e).sum())
-        finish = tpu.swiglu if num_weights == 2 else tpu.itself
+        finish = swiglu if num_weights == 2 else itself
 
         def function(rows, weights, sizes):
             return tpu.multiply(rows, weights, local_groups(sizes, None, e), e, finish, transposed)

@@ -156,6 +156,10 @@ def test_what_no_query_sees_may_be_anything(implementation, name):
 @pytest.mark.parametrize(("implementation", "examples"), [("xla", 25), ("interpret", 8)])
 @pytest.mark.parametrize("name", ["full cache", "ring", "pages", "ring of pages", "int8 pages"])
 def test_any_lengths(implementation, examples, name):
+    check_any_lengths(implementation, examples, name)
+
+
+def check_any_lengths(implementation, examples, name):
     case = CASES[name]
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.differing_executors])

@@ -2,8 +2,6 @@
 
 import jax.numpy as jnp
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.pallas_kernels import test_decode_attention as suite
 from tests.pallas_kernels.test_decode_attention import (
@@ -33,19 +31,7 @@ def test_what_no_query_sees_may_be_anything(triton, name):
 
 @pytest.mark.parametrize("name", ["full cache", "ring", "pages", "ring of pages", "int8 pages"])
 def test_any_lengths(triton, name):
-    case = CASES[name]
-
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
-    @given(
-        lengths=st.lists(st.integers(0, 1000 if case.chunk_size else case.slots), min_size=3, max_size=3),
-        seed=st.integers(0, 100),
-    )
-    def check(lengths, seed):
-        arrays, arguments = inputs(case, jnp.float32, lengths, seed=seed)
-        expected = decode(*arrays, **arguments, implementation="reference")
-        assert_equal_attention(decode(*arrays, **arguments, implementation=triton), expected, jnp.float32)
-
-    check()
+    suite.check_any_lengths(triton, 25, name)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 64])
