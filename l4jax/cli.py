@@ -34,6 +34,11 @@ VERBS = {
     "train": Verb(
         "l4jax.train.cli", "run what a config file describes, or go on with it", "l4jax train configs/demo.yaml"
     ),
+    "sweep": Verb(
+        "l4jax.sweep",
+        "train one run in several variants and with several seeds, and compare: an experiment",
+        "l4jax sweep configs/experiments/captioning.yaml --jobs 2",
+    ),
     "data": Verb(
         "l4jax.data.cli",
         "what is in a file of documents or a mixture, what cannot be read, and what the model will see of it",

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from l4jax.config import Llama4Config
+from l4jax.config import Llama4Config, preset
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def override(content: dict[str, Any], words: Sequence[str]) -> None:
 def build(cls, content: Any, where: str = "", *, root=None):
     """Returns a dataclass filled from nested dicts.
 
-    Fields may be plain values, `Literal`s, dataclasses, dicts of dataclasses by name, a `Llama4Config` (the content of
-    a `config.json`), and each of these or None.
+    Fields may be plain values, `Literal`s, dataclasses, dicts of dataclasses by name, a `Llama4Config` (a preset or the
+    content of a `config.json`), and each of these or None.
 
     Args:
         cls: the dataclass.
@@ -73,8 +73,10 @@ def build(cls, content: Any, where: str = "", *, root=None):
     """
     root = root or cls
     if cls is Llama4Config:
+        if isinstance(content, str):
+            return preset(content)
         if not isinstance(content, Mapping):
-            raise ValueError(f"{where}: expected the content of a config.json, got {content!r}")
+            raise ValueError(f"{where}: expected a preset or the content of a config.json, got {content!r}")
         return Llama4Config.from_hf(content)
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: expected settings inside, got {content!r}")
@@ -140,7 +142,8 @@ def _known_keys(cls, prefix: str = "") -> list[str]:
 
 def _nearest(name: str, prefix: str, beside: Sequence[str], root) -> str:
     """Returns a hint: the known key most like `prefix + name`, among those beside it or anywhere; else those beside."""
-    known = _known_keys(root)
+    # Of keys that end alike, the one in the same part of the file is meant.
+    known = sorted(_known_keys(root), key=lambda key: key.partition(".")[0] == prefix.partition(".")[0])
     last_names = {key.rpartition(".")[2]: key for key in known} | {key: prefix + key for key in beside}
     near = [name] if name in last_names else difflib.get_close_matches(name, beside, n=1)
     near = near or difflib.get_close_matches(name, last_names, n=1)

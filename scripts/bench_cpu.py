@@ -149,12 +149,14 @@ class L4jax:
             "positions": positions,
             "segment_ids": ones,
             "loss_mask": ones == 1,
+            "source_ids": ones,
+            "pictures": np.zeros_like(ones),
             "tiles": None,
         }
         clock = Clock()
-        state, metrics = step(state, rows)
+        state, numbers = step(state, rows, None)
         self.jax.block_until_ready(state)
-        float(metrics["loss"])
+        float(numbers["loss_now"])
         self.training = step, state
         return clock.read(), batch * tokens
 
@@ -163,6 +165,7 @@ class L4jax:
         from flax import nnx
 
         from l4jax.train.config import OptimizerConfig, ParallelConfig
+        from l4jax.train.objective import NextToken
         from l4jax.train.optimizer import make_optimizer
         from l4jax.train.state import new_state, state_shardings
         from l4jax.train.step import make_train_step
@@ -171,14 +174,15 @@ class L4jax:
         settings = OptimizerConfig(learning_rate=1e-5, warmup_steps=1)
         optimizer = make_optimizer(settings, steps)
         graphdef, params = nnx.split(self.loaded.model)
+        shardings = state_shardings(self.loaded.model, optimizer, self.mesh)
         self.loaded = None
-        shardings = state_shardings(config, optimizer, self.mesh)
         start = self.jax.jit(
             lambda params: new_state(config, optimizer, params), donate_argnums=0, out_shardings=shardings
         )
         state = start(nnx.to_pure_dict(params))
         self.engines, self.decoding = {}, (None, None)
-        return make_train_step(graphdef, optimizer, ParallelConfig(), 0.0, shardings), state
+        parallel = ParallelConfig()
+        return make_train_step(NextToken(graphdef, parallel), optimizer, parallel, shardings), state
 
 
 class HuggingFace:

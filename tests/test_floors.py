@@ -13,9 +13,9 @@ FLOORS = [
     ("l4jax.model",),
     ("l4jax.checkpoint", "l4jax.data", "l4jax.processing", "l4jax.report"),
     ("l4jax.train", "l4jax.inference", "l4jax.topology"),
-    ("l4jax.demo", "l4jax.doctor", "l4jax.plan", "l4jax.cli", "l4jax.__main__", "l4jax.__init__"),
+    ("l4jax.demo", "l4jax.sweep", "l4jax.doctor", "l4jax.plan", "l4jax.cli", "l4jax.__main__", "l4jax.__init__"),
 ]
-EVERYWHERE = ("l4jax.config", "l4jax.settings", "l4jax.sharding", "l4jax.host", "l4jax.__version__")
+EVERYWHERE = ("l4jax.chips", "l4jax.config", "l4jax.settings", "l4jax.sharding", "l4jax.host", "l4jax.__version__")
 
 
 def module_of(path: Path) -> str:

@@ -23,6 +23,20 @@ class DigitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Balancing of captions over a list of words and phrases (`l4jax/data/balance.py`)."""
+
+    entries: str
+    """File with one entry a line."""
+    most: int
+    """Documents that an entry keeps in the mean, if more have it; 20,000 in MetaCLIP's 400 million."""
+
+    def __post_init__(self):
+        if self.most < 1:
+            raise ValueError(f"balance.most={self.most} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One component of the mixture: `path`, or `digits`."""
 
@@ -30,6 +44,8 @@ class SourceConfig:
     """JSONL or Parquet file, a directory of either, or a TFDS directory, in the schema of `l4jax/data/schema.py`."""
     digits: DigitsConfig | None = None
     """Scenes of digits instead of a path."""
+    balance: BalanceConfig | None = None
+    """Leave out documents until common captions are no longer more common than rare ones; of a path."""
     weight: float = 1.0
     """Documents drawn from this source, relative to the others; may change when a run goes on. 0: none."""
     split: str = "train"

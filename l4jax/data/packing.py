@@ -19,10 +19,12 @@ OPEN_ROWS = 16
 Place = tuple[str, int, int]
 """Of an example: name of the source, index in its stream, number of the piece."""
 Batch = dict[str, np.ndarray | None]
-"""`ids`, `positions`, `segment_ids`, `loss_mask`, `source_ids` [B, T]; `tiles` [B, n, 3, S, S], or None without any.
+"""`ids`, `positions`, `segment_ids`, `loss_mask`, `source_ids`, `pictures` [B, T]; `tiles` [B, n, 3, S, S], or None
+without any.
 
 `segment_ids` counts the documents of a row from 1, `source_ids` the sources of the mixture in the order of the config,
-from 1; both are 0 where nothing is. Tiles stand beside their row in the order of its documents; unused ones are 0.
+from 1; both are 0 where nothing is. `pictures` is 1 in documents that have some, else 0. Tiles stand beside their row
+in the order of its documents; unused ones are 0.
 """
 
 
@@ -99,7 +101,7 @@ class Packer:
 def make_batch(rows: Sequence[Row], num_rows: int, row_tokens: int, row_tiles: int, tile_size: int) -> Batch:
     """Returns rows as arrays; rows that are missing at the end are empty."""
     shape = num_rows, row_tokens
-    ids, positions, segment_ids, source_ids = (np.zeros(shape, np.int32) for _ in range(4))
+    ids, positions, segment_ids, source_ids, pictures = (np.zeros(shape, np.int32) for _ in range(5))
     loss_mask = np.zeros(shape, bool)
     tiles = np.zeros((num_rows, row_tiles, 3, tile_size, tile_size), np.float32) if row_tiles else None
     for b, row in enumerate(rows):
@@ -112,6 +114,7 @@ def make_batch(rows: Sequence[Row], num_rows: int, row_tokens: int, row_tiles: i
             segment_ids[b, begin:end], source_ids[b, begin:end] = segment, packed.source_id
             if last_tile > first_tile:
                 tiles[b, first_tile:last_tile] = to_numbers(example.tiles)
+                pictures[b, begin:end] = 1
             begin, first_tile = end, last_tile
     return {
         "ids": ids,
@@ -119,5 +122,6 @@ def make_batch(rows: Sequence[Row], num_rows: int, row_tokens: int, row_tiles: i
         "segment_ids": segment_ids,
         "loss_mask": loss_mask,
         "source_ids": source_ids,
+        "pictures": pictures,
         "tiles": tiles,
     }

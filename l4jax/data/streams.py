@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from l4jax.config import Llama4Config
+from l4jax.data.balance import Entries, balanced_indices
 from l4jax.data.config import DataConfig, DigitsConfig, SourceConfig
 from l4jax.data.digits import HELD_OUT, TRAINING, WARM_UP
 from l4jax.data.encode import Encoder, Skipped
@@ -93,10 +94,16 @@ def open_stream(
         raise ValueError(f"data.sources.{name}: {source.path} holds no documents")
     # The order depends on the name, not on what else is in the mixture.
     own_seed = int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
-    documents = grain.MapDataset.source(_Guarded(opened, config.skip_malformed)).seed(own_seed)
+    length, guarded = len(opened), _Guarded(opened, config.skip_malformed)
+    if source.balance is not None:
+        indices = balanced_indices(opened, Entries.read(source.balance.entries), source.balance.most, own_seed)
+        if not len(indices):
+            raise ValueError(f"data.sources.{name}: no document has an entry of {source.balance.entries}")
+        guarded, length = _Chosen(guarded, indices), len(indices)
+    documents = grain.MapDataset.source(guarded).seed(own_seed)
     if config.shuffle:
         documents = documents.shuffle()
-    return Stream(documents.repeat(MANY_PASSES), source.weight, len(opened))
+    return Stream(documents.repeat(MANY_PASSES), source.weight, length)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,20 @@ class _Guarded:
             if self.skip_malformed:
                 return Skipped(str(error))
             raise DocumentError(f"{error} (data.skip_malformed=true leaves such documents out)") from None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some documents of a source."""
+
+    source: _Guarded
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Document | Skipped:
+        return self.source[int(self.indices[index])]
 
 
 # --- Scenes of digits -----------------------------------------------------------------------------------------------

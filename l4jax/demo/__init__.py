@@ -41,10 +41,12 @@ def run(args: argparse.Namespace) -> int:
     from PIL import Image
     from rich.console import Console
 
+    import l4jax
     from l4jax.data.scenes import QUESTIONS
     from l4jax.demo.sections import write_demo_report
     from l4jax.train.config import load_run_config
     from l4jax.train.data import RunData, digits_settings
+    from l4jax.train.export import export
     from l4jax.train.loop import train
 
     console = Console(highlight=False)
@@ -53,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"building {digits_settings(config).train_scenes:,} scenes of real handwritten digits")
     data = RunData(config, args.out / "data")
 
-    trained = train(config, data.training_batches(), args.out, resume=args.resume, console=console)
+    trained = train(config, data, args.out, resume=args.resume, console=console)
     if trained.interrupted_by is not None:
         return interrupted(trained.interrupted_by, trained.steps)
 
-    model = save_and_reload(trained.model(), args.out / "model")
+    model = l4jax.load(export(trained.model(), data.processor.tokenizer, args.out / "model"))
     scenes = data.eval_scenes()
     console.print(f"saved and reloaded {args.out / 'model'}; reading {len(scenes):,} scenes it never saw")
     answerer = make_answerer(model)
@@ -83,20 +85,6 @@ def run(args: argparse.Namespace) -> int:
     )
     console.print(f"report: {path} ({seconds / 60:.1f} minutes)")
     return 0
-
-
-def save_and_reload(module: Any, directory: Path) -> "LoadedModel":
-    """Returns the model as anyone would load it, after writing it to `directory`."""
-    import l4jax
-    from l4jax.inference.loaded import LoadedModel
-    from l4jax.processing.tokenizer import ByteTokenizer
-    from l4jax.sharding import make_mesh
-
-    text = module.config.text_config
-    tokenizer = ByteTokenizer(text.vocab_size)
-    LoadedModel(module, mesh=make_mesh(), max_len=text.max_position_embeddings, tokenizer=tokenizer).save(directory)
-    tokenizer.save(directory)
-    return l4jax.load(directory)
 
 
 # --- Questions ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from l4jax.config import TextConfig
 from l4jax.model.attention import Attention, Tokens
 from l4jax.model.cache import LayerCache
 from l4jax.model.mlp import MLP
-from l4jax.model.moe import MixtureOfExperts
+from l4jax.model.moe import MixtureOfExperts, Routing
 from l4jax.model.norm import RMSNorm
 from l4jax.sharding import constrain
 
@@ -26,13 +26,13 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], tokens: Tokens, cache: LayerCache | None, index, router_bias
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Array | None]:
-        """Returns the residual stream, the cache, and the rows that each expert took (None in a dense layer)."""
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
+        """Returns the residual stream, the cache, and what the router did (None in a dense layer)."""
         attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache, index)
         x = constrain(x + attended, "batch", "length", None)
         y = self.post_attention_layernorm(x)
         if self.has_experts:
-            y, load_E = self.feed_forward(y, tokens.valid, router_bias, index)
+            y, routing = self.feed_forward(y, tokens.valid, router_bias, index)
         else:
-            y, load_E = self.feed_forward(y), None
-        return constrain(x + y, "batch", "length", None), cache, load_E
+            y, routing = self.feed_forward(y), None
+        return constrain(x + y, "batch", "length", None), cache, routing

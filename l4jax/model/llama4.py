@@ -25,6 +25,7 @@ from l4jax.model.attention import Tokens
 from l4jax.model.block import Block
 from l4jax.model.cache import Cache, LayerCache
 from l4jax.model.linear import Linear, einsum, param
+from l4jax.model.moe import Routing
 from l4jax.model.norm import RMSNorm
 from l4jax.model.stack import Layers, Stack
 from l4jax.model.vision import VisionModel
@@ -111,10 +112,10 @@ class Llama4(nnx.Module):
         cache: Cache | None = None,
         router_bias: Float[Array, "L E"] | None = None,
         remat: str = "none",
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Int[Array, "L E"] | None]:
-        """Returns what the head multiplies, the cache, and how many tokens went to each expert of each mixture layer.
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Routing | None]:
+        """Returns what the head multiplies, the cache, and what the router of each mixture layer did, stacked.
 
-        Training takes this and never holds the logits of all tokens at once; a dense model has no router load (None).
+        Training takes this and never holds the logits of all tokens at once; a dense model has no routers (None).
 
         Args:
             ids: tokens.
@@ -143,12 +144,13 @@ class Llama4(nnx.Module):
             return block(x, tokens, layer_cache, index, bias)
 
         states = None if cache is None else cache.layers
-        x, layers, loads = self.layers(apply, x, states, self._arrange_router_bias(router_bias), remat)
+        x, layers, routings = self.layers(apply, x, states, self._arrange_router_bias(router_bias), remat)
         if cache is not None:
             cache = Cache(layers, cache.lengths + tokens.valid.sum(axis=1, dtype=cache.lengths.dtype))
-        load = [load for load in self.layers.flatten(loads) if load is not None]
+        routings = [routing for routing in self.layers.flatten(routings) if routing is not None]
+        routing = jax.tree.map(lambda *layers: jnp.stack(layers), *routings) if routings else None
         x = self.norm(x)
-        return ops.to_natural(x, None) if balanced else x, cache, jnp.stack(load) if load else None
+        return ops.to_natural(x, None) if balanced else x, cache, routing
 
     def encode_tiles(self, tiles: Float[Array, "B n 3 S S"], remat: str = "none") -> Float[Array, "B R D"]:
         """Returns picture features in the width of the text: `tokens_per_tile` rows a tile, in order."""

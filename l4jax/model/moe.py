@@ -5,6 +5,8 @@ dropped; across devices rows travel to their experts and back (`ops/experts.py`)
 expert's *input*, which is not the same as its output, for SwiGLU is not linear (HF `modeling_llama4.Llama4TextMoe`).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,17 @@ from l4jax import ops
 from l4jax.config import TextConfig
 from l4jax.model.linear import Linear, param
 from l4jax.model.mlp import MLP
+
+
+class Routing(NamedTuple):
+    """What a router did, for training to balance and to watch; `stack`ed over layers it has a leading L."""
+
+    load: Int[Array, "*L E"]
+    """Rows that each expert took."""
+    importance: Float[Array, "*L E"]
+    """Sum over tokens of each expert's share of the token's scores, float32."""
+    z: Float[Array, "*L"]
+    """Sum over tokens of the square of the logits' log-sum-exp, float32."""
 
 
 class Experts(nnx.Module):
@@ -40,8 +53,8 @@ class MixtureOfExperts(nnx.Module):
         valid: Bool[Array, "B T"],
         router_bias_E: Float[Array, "E"] | None = None,
         index: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
-        """Returns the layer's output and how many rows each expert took.
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Returns the layer's output and what the router did.
 
         Args:
             x: tokens.
@@ -60,4 +73,12 @@ class MixtureOfExperts(nnx.Module):
         weights = [weight.get_value() for weight in weights]
         layer = None if weights[0].ndim == 3 else index
         routed, load_E = ops.routed_experts(x, experts_BTk, scores_BTk, *weights, layer)
-        return self.shared_expert(x) + routed, load_E
+        return self.shared_expert(x) + routed, Routing(load_E, *_statistics(logits_BTE, valid))
+
+
+def _statistics(logits_BTE: Float[Array, "B T E"], valid: Bool[Array, "B T"]):
+    logits_BTE = logits_BTE.astype(jnp.float32)
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    shares_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
+    z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
+    return jnp.where(valid[..., None], shares_BTE, 0.0).sum((0, 1)), jnp.where(valid, z_BT, 0.0).sum()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from l4jax.chips import Chip
     from l4jax.plan.arithmetic import Bound, Job, Needs
-    from l4jax.plan.chips import Chip
     from l4jax.plan.program import Compiled
 
 GIB = 1 << 30
@@ -21,7 +21,8 @@ SHOWN_MESHES = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="preset or checkpoint directory")
+    parser.add_argument("config", type=Path, nargs="?", help="YAML file of a training run, in place of what follows")
+    parser.add_argument("-m", "--model", help="preset or checkpoint directory")
     parser.add_argument("--topology", required=True, help="chip and sides of the slice: v5p:4x4x4, v5e:4x4, v6e:4x4")
     parser.add_argument("--slices", type=int, default=1, help="slices, joined by the data axis (default: 1)")
     parser.add_argument("--mesh", default="", help="sizes of the mesh axes: fsdp=4,expert=16; the rest is 1")
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here, and a chip may be in use by somebody else
-    from l4jax.plan.chips import CHIPS
+    from l4jax.chips import CHIPS
     from l4jax.sharding import parse_sizes
 
     job, chip_name = make_job(args), args.topology.partition(":")[0]
@@ -60,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         from l4jax.plan.page import write_page
 
-        write_page(args.html, args.model, job.config.text_config)
+        write_page(args.html, args.model or args.config.stem, job.config.text_config)
     num_devices = count_devices(args.topology) * args.slices
-    sizes = parse_sizes(args.mesh)
+    sizes = parse_sizes(args.mesh or run_mesh(args))
     if args.sweep:
         sizes = show_sweep(job, chip, num_devices, quiet=args.json)
     elif math.prod(sizes.values()) != num_devices:
@@ -91,6 +92,10 @@ def make_job(args: argparse.Namespace) -> "Job":
     from l4jax.config import PRESETS, load_config, preset
     from l4jax.plan.arithmetic import Job
 
+    if (args.config is None) == (args.model is None):
+        raise ValueError("give either a YAML file of a run or --model")
+    if args.config is not None:
+        return job_of_run(args.config)
     config = preset(args.model) if args.model in PRESETS or not Path(args.model).is_dir() else load_config(args.model)
     for name in ("batch", "length", "piece", "microbatches", "slices"):
         if getattr(args, name) < 1:
@@ -114,6 +119,33 @@ def make_job(args: argparse.Namespace) -> "Job":
         first_moment_dtype=args.first_moment,
         offload_optimizer=args.offload_optimizer,
     )
+
+
+def job_of_run(path: Path) -> "Job":
+    """Returns the step of the run that a file describes."""
+    from l4jax.plan.arithmetic import Job
+    from l4jax.train.config import load_run_config
+
+    run = load_run_config(path)
+    return Job(
+        config=run.model,
+        mode="train",
+        batch=run.data.rows,
+        length=run.data.row_tokens,
+        dtype=run.parallel.compute_dtype,
+        remat=run.parallel.remat,
+        microbatches=run.parallel.microbatches,
+        first_moment_dtype=run.parallel.first_moment_dtype,
+        offload_optimizer=run.parallel.offload_optimizer,
+        row_tiles=run.data.row_tiles,
+    )
+
+
+def run_mesh(args: argparse.Namespace) -> str:
+    """Returns the mesh that a run's file asks for; none without a file."""
+    from l4jax.train.config import load_run_config
+
+    return "" if args.config is None else load_run_config(args.config).parallel.mesh
 
 
 def count_devices(topology: str) -> int:

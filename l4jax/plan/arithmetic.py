@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
+from l4jax.chips import Chip
 from l4jax.config import Llama4Config, TextConfig
+from l4jax.model.flops import attention_flops, matmul_parameters, training_flops
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, param_shardings
 from l4jax.model.quant import quantize_model
-from l4jax.plan.chips import Chip
 from l4jax.sharding import MESH_AXES, SERVING, TRAINING, check_mesh, spec, use_rules
 
 MODES = ("train", "prefill", "decode")
@@ -44,6 +44,8 @@ class Job:
     microbatches: int = 1
     first_moment_dtype: str = "float32"
     offload_optimizer: bool = False
+    row_tiles: int = 0
+    """Tiles beside each row of a training batch."""
 
     @property
     def rules(self):
@@ -161,36 +163,11 @@ def _serving_temporaries(job: Job, sizes) -> int:
 # --- Work ---------------------------------------------------------------------------------------------------------
 
 
-def matmul_parameters(config: Llama4Config) -> int:
-    """Returns the parameters that a text token is multiplied with: the active ones without the embedding."""
-    text = config.text_config
-    width = text.hidden_size
-    attention = 2 * width * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    expert, num_moe = 3 * width * text.intermediate_size, len(text.moe_layers)
-    dense = (text.num_hidden_layers - num_moe) * 3 * width * text.intermediate_size_mlp
-    moe = num_moe * ((text.num_experts_per_tok + 1) * expert + width * text.num_local_experts)
-    return text.num_hidden_layers * attention + dense + moe + width * text.vocab_size
-
-
-def attention_flops(config: Llama4Config, start: int, stop: int) -> float:
-    """Returns the FLOPs of scores and weighted sums for tokens at positions `start..stop-1` of one sequence."""
-    text, total = config.text_config, 0.0
-    positions = np.arange(start, stop, dtype=np.float64) if stop - start < 1 << 20 else None
-    for layer in range(text.num_hidden_layers):
-        chunk = text.attention_chunk_size if text.uses_rope(layer) else None
-        if positions is not None:
-            seen = (positions + 1 if chunk is None else positions % chunk + 1).sum()
-        else:
-            seen = (stop - start) * ((start + stop + 1) / 2 if chunk is None else (chunk + 1) / 2)
-        total += 4 * text.num_attention_heads * text.head_dim * float(seen)
-    return total
-
-
 def model_flops(job: Job) -> float:
     """Returns the FLOPs that the model asks for in a step, of all devices; nothing made twice, nothing padded."""
-    per_token = 2 * matmul_parameters(job.config)
     if job.mode == "train":
-        return 3 * job.batch * (per_token * job.length + attention_flops(job.config, 0, job.length))
+        return training_flops(job.config, job.batch, job.length)
+    per_token = 2 * matmul_parameters(job.config)
     start = job.length - (job.piece if job.mode == "prefill" else 1)
     head = 2 * job.config.text_config.hidden_size * job.config.text_config.vocab_size
     if job.mode == "prefill":  # logits of the last token only

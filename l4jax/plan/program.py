@@ -17,15 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from l4jax.chips import DCN_BANDWIDTH, Chip
 from l4jax.inference.engine import Engine
 from l4jax.model.params import flat_params, param_shardings, with_params
 from l4jax.ops.experts import EXCHANGE, ROOM
 from l4jax.plan.arithmetic import Bound, Job, job_model
-from l4jax.plan.chips import DCN_BANDWIDTH, Chip
 from l4jax.plan.hlo import Cost, Program
 from l4jax.sharding import make_mesh, named_sharding, use_rules
 from l4jax.topology import topology_devices
 from l4jax.train.config import OptimizerConfig, ParallelConfig
+from l4jax.train.objective import NextToken
 from l4jax.train.optimizer import make_optimizer
 from l4jax.train.state import new_state, state_shardings
 from l4jax.train.step import BATCH_AXES, make_train_step
@@ -120,18 +121,23 @@ def _training(job: Job, mesh: Mesh):
     )
     settings = OptimizerConfig(learning_rate=1e-4, warmup_steps=100)
     optimizer = make_optimizer(settings, 1000, parallel.first_moment_dtype)
-    shardings = state_shardings(job.config, optimizer, mesh, offload=parallel.offload_optimizer)
     model = job_model(job.config, job.mode, job.dtype)
+    shardings = state_shardings(model, optimizer, mesh, offload=parallel.offload_optimizer)
     params = nnx.to_pure_dict(nnx.state(model))
     state = _placed(jax.eval_shape(lambda p: new_state(job.config, optimizer, p), params), shardings)
-    step = make_train_step(nnx.graphdef(model), optimizer, parallel, 1e-3, shardings)
-    batch: dict[str, Any] = {"tiles": None}
-    for name, dtype in (("ids", "int32"), ("positions", "int32"), ("segment_ids", "int32"), ("loss_mask", "bool")):
-        shape = (job.batch, job.length)
-        place = named_sharding(mesh, BATCH_AXES[name], shape)
-        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    objective = NextToken(nnx.graphdef(model), parallel)
+    step = make_train_step(objective, optimizer, parallel, shardings, router_bias_rate=1e-3)
+    batch: dict[str, Any] = {}
+    for name, axes in BATCH_AXES.items():
+        shape, dtype = (job.batch, job.length), "bool" if name == "loss_mask" else "int32"
+        batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, axes[:2], shape))
+    batch["tiles"] = None
+    if job.row_tiles:
+        side = job.config.vision_config.image_size
+        shape, axes = (job.batch, job.row_tiles, 3, side, side), BATCH_AXES["tiles"]
+        batch["tiles"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=named_sharding(mesh, axes, shape))
     kinds = {"weights": state.params, "optimizer": state.opt_state, "inputs": batch}
-    return step.lower, (state, batch), kinds
+    return step.lower, (state, batch, None), kinds
 
 
 def _serving(job: Job, mesh: Mesh):

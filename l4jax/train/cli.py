@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where checkpoints and metrics go, a directory or gs://... (default: runs/ and the file's name)",
     )
+    parser.add_argument(
+        "--profile", metavar="FROM:TO", help="record these steps for XProf in DIR/profile, for example 20:23"
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,20 +40,38 @@ def run(args: argparse.Namespace) -> int:
 
     from l4jax.train.config import load_run_config
     from l4jax.train.data import RunData
-    from l4jax.train.loop import data_shard, train
+    from l4jax.train.export import export
+    from l4jax.train.loop import train
 
     config = load_run_config(args.config, args.settings)
     local = Path("runs") / args.config.stem
     out = open_path(args.out) if args.out else local
     name = "data" if jax.process_count() == 1 else f"data-{jax.process_index()}"  # no two build the same files
     data = RunData(config, (local if is_remote(out) else out) / name)
-    trained = train(config, data.training_batches(data_shard(config)), out, resume=args.resume)
+    trained = train(config, data, out, resume=args.resume, profile=parse_steps(args.profile))
     if jax.process_index() > 0:
         return 0 if trained.interrupted_by is None else 128 + trained.interrupted_by
     if trained.interrupted_by is not None:
         return interrupted(trained.interrupted_by, trained.steps)
-    print(f"{trained.steps:,} steps; checkpoints and metrics are in {out}")
+    where = f"{trained.steps:,} steps; checkpoints and metrics are in {out}"
+    if jax.process_count() == 1 and not is_remote(out):
+        where += f", the model in {export(trained.model(), data.processor.tokenizer, out / 'model')}"
+    print(where)
     return 0
+
+
+def parse_steps(text: str | None) -> range:
+    """Returns the steps that `20:23` names, from 0; none for None.
+
+    Raises:
+        ValueError: it names no steps.
+    """
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise ValueError(f"--profile {text}: expected FROM:TO, the first step and the one after the last: 20:23")
+    return range(int(first), int(last))
 
 
 def interrupted(number: int, steps: int) -> int:

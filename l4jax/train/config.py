@@ -4,17 +4,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from l4jax.config import Llama4Config
-from l4jax.data.config import DataConfig
+from l4jax.data.config import DataConfig, SourceConfig
 from l4jax.settings import build, read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; weight decay on matrices only."""
+    """AdamW, or Muon for matrices beside it; weight decay on matrices only."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices step along the nearest orthogonal matrix; embeddings, head, norms and biases by AdamW."""
     learning_rate: float
     """The peak, reached after the warm-up."""
     warmup_steps: int
@@ -27,6 +29,16 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Largest norm of the gradient, over all parameters together."""
+    ema_decay: float = 0.0
+    """Of a running mean of the weights, which is then what is evaluated and exported; 0: none."""
+
+    def __post_init__(self):
+        for name in ("b1", "b2", "final_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in 0..1")
+        for name in ("learning_rate", "eps", "weight_decay", "clip_norm", "warmup_steps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be 0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +67,99 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What keeps the experts of a mixture evenly loaded (`balance.py`)."""
+
+    bias_rate: float = 1e-3
+    """How far the balancing bias of an expert moves in one step; 0 switches it off."""
+    balance_loss: float = 0.0
+    """Weight of the Switch Transformer's auxiliary loss; an alternative to the bias."""
+    z_loss: float = 0.0
+    """Weight of the mean square of the router's log-partition (ST-MoE): keeps its logits small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights to start from."""
+
+    path: str
+    """A checkpoint: l4jax (also `RUN/model`), Hugging Face or Meta."""
+    include: str = ""
+    """Regular expression at the start of parameter paths, `vision_model`; only these are taken. Empty: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher whose distribution is learned beside the tokens themselves (`distill.py`)."""
+
+    teacher: str
+    """Checkpoint of the teacher, which runs beside the student."""
+    weight: Literal["teacher", "gap", "constant", "linear", "cosine"] = "teacher"
+    """How a token's weight w of the soft target is found; the hard one has 1 - w."""
+    constant: float = 0.5
+    """w of `constant`; where `linear` and `cosine` start from, on their way to 0 at the last step."""
+    tau: float = 1.0
+    """Of `gap`, in nats."""
+    top_k: int = 0
+    """Likeliest tokens of the teacher that are used, the rest as one; 0: all, which takes V numbers a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """Pictures and their captions find each other (`contrastive.py`); the encoder's first stage."""
+
+    width: int = 512
+    """Of the common space."""
+    pairs_per_row: int = 16
+    """Documents of a row that take part, the first ones."""
+    max_scale: float = 100.0
+    """Largest factor on the cosine similarities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation on documents that are not trained on: loss, accuracy, and documents with every token right."""
+
+    sources: dict[str, SourceConfig]
+    """Read once, in order; numbers are reported for each."""
+    every: int = 0
+    """Steps between two evaluations; 0: only after the last step."""
+    rows: int | None = None
+    """Rows of a batch; as in training by default."""
+    row_tokens: int | None = None
+    """Tokens of a row; as in training by default."""
+    max_batches: int = 0
+    """Batches to read; 0: all."""
+    attn_scale: float | None = None
+    """Slope of the attention temperature of layers without positions, in place of the model's; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
     model: Llama4Config
-    """In the file: the content of a Hugging Face `config.json`."""
+    """In the file: the content of a Hugging Face `config.json`, or the name of a preset."""
     data: DataConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig = ParallelConfig()
+    router: RouterConfig = RouterConfig()
+    init: dict[str, InitConfig] = dataclasses.field(default_factory=dict)
+    """Where weights come from, by any name, later ones over earlier ones; what none of them has is drawn."""
+    trainable: str = ""
+    """Regular expression at the start of parameter paths; others stay as they are. Empty: all learn."""
+    distill: DistillConfig | None = None
+    """Learn from a teacher too."""
+    contrastive: ContrastiveConfig | None = None
+    """Match pictures with captions, instead of predicting tokens."""
+    evaluate: dict[str, EvaluateConfig] = dataclasses.field(default_factory=dict)
+    """Evaluations by name."""
     steps: int
     """Optimizer steps."""
     seed: int = 0
     """Of the weights, the scenes and their order."""
-    router_bias_rate: float = 1e-3
-    """How far the balancing bias of an expert moves in one step; 0 switches balancing off."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is no finite number: the step is never taken, its batch is saved."""
     log_every: int = 10
     """Steps between two lines of `metrics.jsonl`."""
     save_every: int = 500
@@ -78,6 +169,24 @@ class RunConfig:
         for name in ("steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.distill and self.contrastive:
+            raise ValueError("distill and contrastive are two objectives; a run has one")
+        if self.contrastive and self.parallel.microbatches > 1:
+            raise ValueError("parallel.microbatches must be 1: contrastive pairs find their opposites in one batch")
+        if self.contrastive and self.model.vision_config is None:
+            raise ValueError("model.vision_config is missing; contrastive trains the vision tower")
+
+    def evaluation_data(self, name: str) -> DataConfig:
+        """Returns what an evaluation reads, as the settings of a run."""
+        wanted = self.evaluate[name]
+        return dataclasses.replace(
+            self.data,
+            sources=wanted.sources,
+            rows=wanted.rows or self.data.rows,
+            row_tokens=wanted.row_tokens or self.data.row_tokens,
+            shuffle=False,
+            num_workers=0,
+        )
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

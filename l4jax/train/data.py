@@ -23,6 +23,13 @@ class RunData:
         """Returns endless batches; `shard` is the number of this process and of all that train together."""
         return make_batches(self._config.data, self.processor, self._config.seed, self._directory, shard=shard)
 
+    def evaluation_batches(self, name: str, shard: tuple[int, int] = (0, 1)) -> PackedBatches:
+        """Returns the batches of one of `config.evaluate`, which end."""
+        from l4jax.data.streams import make_eval_batches
+
+        data = self._config.evaluation_data(name)
+        return make_eval_batches(data, self.processor, self._config.seed, self._directory, shard=shard)
+
     def eval_scenes(self) -> list[tuple[Image.Image, str]]:
         """Returns scenes of digits that training never saw: pictures as this run shows them, and their digits."""
         digits, vision = digits_settings(self._config), self._config.model.vision_config

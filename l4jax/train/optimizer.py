@@ -1,4 +1,4 @@
-"""The optimizer: AdamW under a linear warm-up and a cosine, with the gradient clipped."""
+"""The optimizer: AdamW or Muon under a linear warm-up and a cosine, with the gradient clipped."""
 
 from typing import Any
 
@@ -7,6 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from l4jax.train.config import OptimizerConfig
+from l4jax.train.state import path_name
+
+SPARED = {"embedding", "scale", "bias", "class_embedding", "positional_embedding_vlm", "log_scale"}
+"""Names of parameters that are no matrices: weight decay does not pull them to zero."""
+MUON_RMS = 0.2
+"""Of Muon's updates, as of AdamW's about, so that learning rate and decay mean the same (arXiv 2502.16982)."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -25,13 +31,7 @@ def decays(params: Any) -> Any:
 
     Judged by the name of the parameter, since stacked layers give norm scales a second dimension.
     """
-    spared = ("embedding", "scale", "bias", "class_embedding", "positional_embedding_vlm")
-
-    def is_matrix(path, _) -> bool:
-        names = {str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path}
-        return not names.intersection(spared)
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree.map_with_path(lambda path, _: not SPARED.intersection(path_name(path).split(".")), params)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -50,16 +50,49 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def make_optimizer(
     config: OptimizerConfig, steps: int, first_moment_dtype: str = "float32"
 ) -> optax.GradientTransformation:
-    """Returns clip -> Adam -> weight decay -> learning rate, for parameters as plain pytrees."""
-    return optax.chain(
-        clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config, steps),
+    """Returns clip -> Adam (or Muon) -> weight decay -> learning rate, for parameters as plain pytrees."""
+    learning_rate = learning_rate_schedule(config, steps)
+    if config.name == "muon":
+        step = optax.contrib.muon(
+            learning_rate,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            mu_dtype=first_moment_dtype,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=matrix_axes,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        step = optax.adamw(
+            learning_rate,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             mu_dtype=first_moment_dtype,
             weight_decay=config.weight_decay,
             mask=decays,
-        ),
-    )
+        )
+    return optax.chain(clip_by_global_norm(config.clip_norm), step)
+
+
+def matrix_axes(params: Any) -> Any:
+    """Returns which axes of each parameter are a matrix's rows and columns for Muon; None for what AdamW takes.
+
+    Heads belong to the outputs of q, k and v and to the inputs of o. Leading axes, of stacked layers and of experts,
+    hold a matrix each.
+    """
+
+    def axes(path, leaf) -> optax.contrib.MuonDimensionNumbers | None:
+        names, last = path_name(path).split("."), leaf.ndim - 1
+        if SPARED.intersection(names) or {"lm_head", "router", "patch_embedding"}.intersection(names):
+            return None
+        if {"q_proj", "k_proj", "v_proj"}.intersection(names):
+            return optax.contrib.MuonDimensionNumbers(last - 2, (last - 1, last))
+        if "o_proj" in names:
+            return optax.contrib.MuonDimensionNumbers((last - 2, last - 1), last)
+        return optax.contrib.MuonDimensionNumbers(last - 1, last)
+
+    return jax.tree.map_with_path(axes, params)

@@ -1,98 +1,142 @@
 """One optimizer step, jitted once for the shapes of a run."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from l4jax.train.balance import update_router_bias
 from l4jax.train.config import ParallelConfig
-from l4jax.train.loss import head_losses, masked_sum, next_token_targets
-from l4jax.train.state import TrainState
+from l4jax.train.loss import next_token_targets
+from l4jax.train.objective import Numbers, Objective, Rows
+from l4jax.train.state import TrainState, join, path_name, split
 
 Batch = dict[str, jax.Array]
-"""ids, positions, segment_ids, loss_mask, source_ids [B, T], tiles [B, n, 3, S, S] or None (`data/packing.py`)."""
+"""ids, positions, segment_ids, loss_mask, source_ids, pictures [B, T], tiles [B, n, 3, S, S] or None
+(`data/packing.py`)."""
 BATCH_AXES = {
-    "ids": ("batch", "length"),
-    "positions": ("batch", "length"),
-    "segment_ids": ("batch", "length"),
-    "loss_mask": ("batch", "length"),
-    "source_ids": ("batch", "length"),
+    **dict.fromkeys(("ids", "positions", "segment_ids", "loss_mask", "source_ids", "pictures"), ("batch", "length")),
     "tiles": ("batch", None, None, None, None),
 }
 
-
-def forward(
-    graphdef: nnx.GraphDef, params: dict[str, Any], rows: Batch, router_bias, parallel: ParallelConfig
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns the sum of the losses of some rows over `rows["total"]`, the tokens that count in the whole batch, and
-    what is worth knowing besides."""
-    model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(parallel.compute_dtype), params))
-    hidden_BTD, _, load_LE = model.hidden(
-        rows["ids"],
-        tiles=rows["tiles"],
-        positions=rows["positions"],
-        segment_ids=rows["segment_ids"],
-        router_bias=router_bias,
-        remat=parallel.remat,
-    )
-    losses_BT, right_BT = head_losses(hidden_BTD, model.lm_head.kernel[...], rows["targets"])
-    loss = masked_sum(losses_BT, rows["counts"]) / rows["total"]
-    right = masked_sum(right_BT, rows["counts"]) / rows["total"]
-    return loss, {"loss": loss, "accuracy": right, "router_load": load_LE}
+GROUPS = {
+    "vision": "vision_model|multi_modal_projector",
+    "embedding": "embed_tokens",
+    "head": "lm_head",
+    "norm": r".*(layernorm|norm)\b",
+    "attention": r".*self_attn",
+    "router": r".*router",
+    "experts": r".*\.experts",
+    "dense": r".*feed_forward",
+    "other": "",
+}
+"""Parameters by the start of their path, the first match counts: for the norms of gradients and updates."""
 
 
-def gradients(loss_of: Callable, params: dict[str, Any], rows: Batch, total: jax.Array, microbatches: int):
-    """Returns the gradient of `loss_of(params, rows)` and its numbers, added up over parts of the batch."""
-    gradient_of = jax.grad(loss_of, has_aux=True)
+def group_of(path: str) -> str:
+    return next(group for group, pattern in GROUPS.items() if re.match(pattern, path))
+
+
+def norms(tree: Any) -> dict[str, jax.Array]:
+    """Returns the norm of all parameters of each group together, float32."""
+    squares: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        squares.setdefault(group_of(path_name(path)), []).append(jnp.square(leaf.astype(jnp.float32)).sum())
+    return {group: jnp.sqrt(sum(parts)) for group, parts in squares.items()}
+
+
+def gradients(loss_of: Callable, params: Any, rows: Rows, total: jax.Array, microbatches: int):
+    """Returns the gradient of `loss_of(params, rows) -> loss, numbers`, the loss and the numbers, added up over parts
+    of the batch."""
+    value_and_gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def of(rows):
+        (loss, numbers), grads = value_and_gradient(params, rows | {"total": total})
+        return grads, loss, numbers
+
     if microbatches == 1:
-        return gradient_of(params, rows | {"total": total})
+        return of(rows)
 
-    def split(x):  # every n-th row, so that each device keeps its own rows
+    def split_rows(x):  # every n-th row, so that each device keeps its own rows
         return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
     def one_part(sums, part):
-        return jax.tree.map(jnp.add, sums, gradient_of(params, part | {"total": total})), None
+        return jax.tree.map(jnp.add, sums, of(part)), None
 
-    parts = jax.tree.map(split, rows)
-    shapes = jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], parts) | {"total": total})
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    parts = jax.tree.map(split_rows, rows)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts)))
     return jax.lax.scan(one_part, zeros, parts)[0]
 
 
+def count_targets(batch: Batch) -> tuple[Rows, jax.Array]:
+    """Returns the batch with `targets` and `counts`, and the number of tokens that count, float32."""
+    targets_BT, counts_BT = next_token_targets(batch["ids"], batch["segment_ids"], batch["loss_mask"])
+    return batch | {"targets": targets_BT, "counts": counts_BT}, counts_BT.sum(dtype=jnp.float32)
+
+
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     parallel: ParallelConfig,
-    router_bias_rate: float,
     shardings: TrainState,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted `step(state, batch) -> state, metrics`; the state that goes in is donated.
+    *,
+    router_bias_rate: float = 0.0,
+    trainable: str = "",
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Numbers]]:
+    """Returns the jitted `step(state, batch, fixed) -> state, numbers`; the state that goes in is donated.
+
+    A step whose loss or gradient is not finite changes nothing but the count of steps; `numbers["finite"]` says so.
 
     Args:
+        objective: what is minimised; `fixed` is handed to it.
         shardings: of the state, before and after the step: `state.state_shardings`.
+        router_bias_rate: of `balance.update_router_bias`.
+        trainable: regular expression of the parameters that learn; for others there is neither gradient nor moment.
+        ema_decay: of the running mean of the weights, if the state has one.
     """
 
-    def train_step(state: TrainState, batch: Batch):
-        targets_BT, counts_BT = next_token_targets(batch["ids"], batch["segment_ids"], batch["loss_mask"])
-        num_tokens = counts_BT.sum(dtype=jnp.float32)
+    def train_step(state: TrainState, batch: Batch, fixed: Any):
+        rows, num_tokens = count_targets(batch)
+        learning, frozen = split(state.params, trainable)
 
-        def loss_of(params, rows):
-            return forward(graphdef, params, rows, state.router_bias, parallel)
+        def loss_of(learning, rows):
+            return objective(join(learning, frozen), rows, fixed, state.router_bias, state.step)
 
-        rows = batch | {"targets": targets_BT, "counts": counts_BT}
         total = jnp.maximum(num_tokens, 1.0)
-        grads, metrics = gradients(loss_of, state.params, rows, total, parallel.microbatches)
+        grads, loss, numbers = gradients(loss_of, learning, rows, total, parallel.microbatches)
+        grad_norms = norms(grads)
+        grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in grad_norms.values()))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
         opt_state = to_device(state.opt_state) if parallel.offload_optimizer else state.opt_state
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        router_bias = update_router_bias(state.router_bias, metrics["router_load"], router_bias_rate)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "answer_tokens": num_tokens}
-        metrics["tokens"] = (batch["segment_ids"] > 0).sum()
-        return TrainState(params, opt_state, state.step + 1, router_bias), metrics
+        updates, new_opt_state = optimizer.update(grads, opt_state, learning)
+        router_bias = update_router_bias(state.router_bias, numbers.get("router_load"), router_bias_rate)
+        new = TrainState(
+            params=join(optax.apply_updates(learning, updates), frozen),
+            opt_state=new_opt_state,
+            step=state.step + 1,
+            router_bias=router_bias,
+            ema=state.ema,
+        )
+        if state.ema is not None:
+            ema = jax.tree.map(lambda mean, p: mean + (1 - ema_decay) * (p - mean), state.ema, new.params)
+            new = TrainState(new.params, new.opt_state, new.step, new.router_bias, ema)
+        old = TrainState(state.params, opt_state, new.step, state.router_bias, state.ema)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        numbers |= {
+            "loss_now": loss,
+            "finite": finite,
+            "answer_tokens": num_tokens,
+            "all_tokens": (batch["segment_ids"] > 0).sum(),
+            "grad_norm": grad_norm,
+            "grad_norms": grad_norms,
+            "update_ratios": ratios(norms(updates), norms(learning)),
+        }
+        return new, numbers
 
     def to_device(opt_state):
         return jax.tree.map(
@@ -101,3 +145,8 @@ def make_train_step(
 
     everywhere = shardings.step  # so that every process can read the numbers
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+
+
+def ratios(updates: dict[str, jax.Array], weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns how long each group's update is, relative to its weights."""
+    return {group: updates[group] / jnp.maximum(weights[group], 1e-20) for group in updates}

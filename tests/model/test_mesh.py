@@ -66,12 +66,12 @@ def batch():
 
 def loss_of(model, batch, remat="none"):
     segment_ids = batch.get("segment_ids")
-    hidden, _, load = model.hidden(remat=remat, **batch)
+    hidden, _, routing = model.hidden(remat=remat, **batch)
     mask = jnp.ones(batch["ids"].shape, bool) if segment_ids is None else segment_ids > 0
     segments = jnp.ones(batch["ids"].shape, jnp.int32) if segment_ids is None else segment_ids
     targets, counts = next_token_targets(batch["ids"], segments, mask)
     losses = head_losses(hidden, model.lm_head.kernel[...], targets).losses
-    return masked_sum(losses, counts) / counts.sum(), load
+    return masked_sum(losses, counts) / counts.sum(), routing.load
 
 
 def loss_and_gradients(config, params, batch, remat="none"):

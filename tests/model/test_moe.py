@@ -19,8 +19,8 @@ def layer(top_k: int) -> MixtureOfExperts:
 def run(moe: MixtureOfExperts, x, bias=None, valid=None):
     """The layer on rows [M, D], as one batch of M tokens."""
     valid = jnp.ones((1, len(x)), bool) if valid is None else valid[None]
-    out, load = moe(x[None], valid, bias)
-    return out[0], load
+    out, routing = moe(x[None], valid, bias)
+    return out[0], routing.load
 
 
 def shared(moe: MixtureOfExperts, x):

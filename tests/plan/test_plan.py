@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from l4jax.chips import CHIPS
 from l4jax.cli import main
 from l4jax.config import preset
-from l4jax.plan.arithmetic import Job, attention_flops, model_flops, needs
-from l4jax.plan.chips import CHIPS
+from l4jax.model.flops import attention_flops
+from l4jax.plan.arithmetic import Job, model_flops, needs
 
 GIB = 1 << 30
 KEYS = {"fits", "hbm_bytes", "peak_bytes", "weight_bytes", "cache_bytes", "flops", "collectives", "compiled"}

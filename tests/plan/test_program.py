@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from l4jax.chips import CHIPS
 from l4jax.config import preset
 from l4jax.plan.arithmetic import Job
-from l4jax.plan.chips import CHIPS
 from l4jax.plan.program import compile_job, lower_job, mesh_for
 
 LENGTH, ROWS_PER_DEVICE = 640, 1

@@ -57,6 +57,11 @@ class BothShards:
         return b""
 
 
+class DataOfBoth(RunData):
+    def training_batches(self, shard):
+        return BothShards(RunData(self._config, self._directory))
+
+
 def start(out: Path, cache: Path) -> list[subprocess.Popen]:
     """Starts the same command twice."""
     with socket.socket() as free:
@@ -108,7 +113,7 @@ def test_two_processes_train_stop_and_go_on_as_one(tmp_path):
     assert "step" not in second
 
     config = load_run_config(DEMO, SETTINGS)
-    data = BothShards(RunData(config, tmp_path / "data"))
+    data = DataOfBoth(config, tmp_path / "data")
     loop.train(config, data, tmp_path / "one", console=Console(quiet=True))
     together, alone = (read_metrics(path / "metrics.jsonl") for path in (out, tmp_path / "one"))
     assert [line["step"] for line in together] == list(range(1, STEPS + 1))

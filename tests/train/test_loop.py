@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -5,6 +7,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -66,7 +69,7 @@ def whole(data, tmp_path_factory):
 
 
 def run(data, directory, *, config=None, **options):
-    return loop.train(config or data[0], data[1].training_batches(), directory, console=Console(quiet=True), **options)
+    return loop.train(config or data[0], data[1], directory, console=Console(quiet=True), **options)
 
 
 @pytest.mark.parametrize("mesh", ["expert=2", "fsdp=2,tensor=2"])
@@ -86,8 +89,8 @@ def stop_at(monkeypatch, step: int, number: signal.Signals) -> None:
     """Sends this process a signal while step `step` runs."""
     make = loop.make_train_step
 
-    def make_and_count(*args):
-        train_step, taken = make(*args), iter(range(1, 10**6))
+    def make_and_count(*args, **options):
+        train_step, taken = make(*args, **options), iter(range(1, 10**6))
 
         def counted(*inputs):
             if next(taken) == step:
@@ -144,10 +147,44 @@ def test_must_needs_a_checkpoint(data, tmp_path):
         run(data, tmp_path, resume="must")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
-    wild = load_run_config(DEMO, [*TINY, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"])
-    with pytest.raises(ValueError, match=r"loss is nan near step .*optimizer.learning_rate"):
-        run(data, tmp_path, config=wild)
+def break_step(monkeypatch, step: int) -> None:
+    """Makes the gradient of one step infinite."""
+    make = loop.make_stage
+
+    def make_broken(*args):
+        stage = make(*args)
+
+        def objective(params, rows, fixed, router_bias, at):
+            loss, numbers = stage.objective(params, rows, fixed, router_bias, at)
+            return loss * jnp.where(at == step - 1, jnp.inf, 1.0), numbers
+
+        return dataclasses.replace(stage, objective=objective)
+
+    monkeypatch.setattr(loop, "make_stage", make_broken)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(data, tmp_path, monkeypatch):
+    break_step(monkeypatch, 3)
+    with pytest.raises(ValueError, match=r"step 3 gave a loss of inf .*bad-batch-3-0.npz.*on_nan=skip"):
+        run(data, tmp_path)
+    third = next(itertools.islice(data[1].training_batches(), 2, None))
+    with np.load(tmp_path / "bad-batch-3-0.npz") as saved:
+        np.testing.assert_array_equal(saved["ids"], third["ids"])
+
+
+def test_a_loss_that_is_no_number_can_be_skipped(data, tmp_path, monkeypatch):
+    break_step(monkeypatch, 3)
+    settings = load_run_config(DEMO, [*TINY, "on_nan=skip", "log_every=1"])
+    trained = run(data, tmp_path, config=settings)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in lines] == [False, False, True, *[False] * 5]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.state))
+
+
+def test_two_runs_in_one_directory_are_refused(data, tmp_path):
+    with loop._alone_in(tmp_path), pytest.raises(ValueError, match="another process trains in"):
+        run(data, tmp_path)
 
 
 def test_loss_falls_and_every_expert_load_is_counted(data, whole):

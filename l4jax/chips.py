@@ -41,3 +41,14 @@ CHIPS = {
 }
 DCN_BANDWIDTH = 6.25e9
 """Bytes a second of one device's share of the network between slices: 200 Gbit/s for a host of four chips."""
+
+GPU_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+"""Per second, dense, of the SXM form; found in the name of a device (nvidia.com, data sheets)."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the published bfloat16 FLOPs a second of a device as jax names it; None if it is not known."""
+    for chip in CHIPS.values():
+        if chip.device_kind == device_kind:
+            return chip.bf16_flops
+    return next((flops for name, flops in GPU_BF16_FLOPS.items() if name in device_kind), None)
