@@ -23,6 +23,54 @@ class DigitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionsConfig:
+    """One handwritten digit on one tile and its caption, made on this machine (`l4jax/data/made.py`)."""
+
+    part: Literal["train", "held_out", "fit", "choose"] = "train"
+    """Which digits; `fit` and `choose` divide `train`, to choose settings."""
+    blank_images: bool = False
+    """Show black pictures: what can be said without looking."""
+    wrong_fraction: float = 0.0
+    """Share of the pictures whose caption names another digit, as in text from the web."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonDocsConfig:
+    """The topics of Python's own help in pieces (`l4jax/data/made.py`)."""
+
+    part: Literal["train", "held_out"] = "train"
+    """A tenth of the topics is held out."""
+    piece_bytes: int = 126
+    """Longest piece; pieces end between words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """Keys and values to recall over a distance (`l4jax/data/made.py`)."""
+
+    length: int
+    """Tokens of a document."""
+    pairs: int
+    """Keys with a value; at most 46."""
+    chunk: int
+    """Tokens; what is near lies in one chunk of attention, what is far in different ones."""
+    distance: Literal["near", "far", "both"] = "both"
+    questions: int = 12
+    """Values asked for in a chunk."""
+    ask_everywhere: bool = True
+    """Ask in every chunk, not in the last alone."""
+    documents: int = 1_000_000
+
+    def __post_init__(self):
+        if not 1 <= self.pairs <= 46:
+            raise ValueError(f"recall.pairs={self.pairs} must be in 1..46, the symbols for keys")
+        if self.length % self.chunk or 2 * self.pairs + self.chunk >= self.length:
+            raise ValueError(
+                f"recall.length={self.length} must be chunks of {self.chunk}, one of them after {self.pairs} pairs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
     """Balancing of captions over a list of words and phrases (`l4jax/data/balance.py`)."""
 
@@ -38,12 +86,18 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One component of the mixture: `path`, or `digits`."""
+    """One component of the mixture: a path, or what is made on this machine."""
 
     path: str | None = None
     """JSONL or Parquet file, a directory of either, or a TFDS directory, in the schema of `l4jax/data/schema.py`."""
     digits: DigitsConfig | None = None
-    """Scenes of digits instead of a path."""
+    """Scenes of digits and questions about them."""
+    captions: CaptionsConfig | None = None
+    """Digits and their names."""
+    python_docs: PythonDocsConfig | None = None
+    """English text."""
+    recall: RecallConfig | None = None
+    """Keys and values."""
     balance: BalanceConfig | None = None
     """Leave out documents until common captions are no longer more common than rare ones; of a path."""
     weight: float = 1.0
@@ -52,6 +106,9 @@ class SourceConfig:
     """Split of a TFDS directory; slices such as `train[:10%]` too."""
     picture_dir: str | None = None
     """Directory that pictures may not lie outside of; by default that of the file that names them."""
+
+
+SOURCE_KINDS = ("path", "digits", "captions", "python_docs", "recall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +147,10 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} must not be negative")
         for name, source in self.sources.items():
             key = f"data.sources.{name}"
-            if (source.path is None) == (source.digits is None):
-                raise ValueError(
-                    f"{key} must have either `path` (a file or directory) or `digits` (settings of scenes)"
-                )
+            if sum(getattr(source, kind) is not None for kind in SOURCE_KINDS) != 1:
+                raise ValueError(f"{key} must have one of {', '.join(SOURCE_KINDS)}")
+            if source.balance is not None and source.path is None:
+                raise ValueError(f"{key}.balance is for a path; what is made on this machine is balanced")
             if not 0 <= source.weight < float("inf"):
                 raise ValueError(f"{key}.weight={source.weight} must be 0 or more, and finite")
         if not any(source.weight for source in self.sources.values()):

@@ -2,11 +2,12 @@
 
     {"id", "source", "capability", "lang", "messages": [{"role", "content": [item, ...], "train"?}, ...], ...}
     {"id", "source", "capability", "lang", "content": [item, ...]}              a document without roles
-    item = {"type": "text", "text"} | {"type": "image", "path" | "b64"} | {"type": "video", "frames": [path], "fps"?}
+    item = {"type": "text", "text", "train"?} | {"type": "image", "path" | "b64"}
+         | {"type": "video", "frames": [path], "fps"?}
 
-`content` may be a string, `"text": "..."` stands for a content of text alone, and fields that are not listed here are
-kept for the stage that knows them (`answer` and `verifier` of RL, `chosen` and `rejected` of DPO). Parquet and TFDS may
-hold pictures as `bytes`.
+`"train": false` leaves a message, or a text, out of the loss. `content` may be a string, `"text": "..."` stands for a
+content of text alone, and fields that are not listed here are kept for the stage that knows them (`answer` and
+`verifier` of RL, `chosen` and `rejected` of DPO). Parquet and TFDS may hold pictures as `bytes`.
 """
 
 import base64
@@ -27,7 +28,7 @@ NAMES = ("id", "source", "capability", "lang")
 CONTENTS = ("messages", "content", "text")
 MESSAGE_FIELDS = ("role", "content", "train", "tool_calls", "tool_call_id", "name")
 PICTURE_FIELDS = ("path", "b64", "bytes")
-ITEM_FIELDS = {"text": ("text",), "image": PICTURE_FIELDS, "video": ("frames", "fps")}
+ITEM_FIELDS = {"text": ("text", "train"), "image": PICTURE_FIELDS, "video": ("frames", "fps")}
 
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxstring, SHORT.maxother = 2, 3, 3, 50, 50
@@ -197,7 +198,9 @@ def _item(data: Any, name: str, pictures: PictureFiles | None) -> Item:
     if kind == "text":
         if not isinstance(data.get("text"), str):
             raise ValueError(f"{name}.text: expected text, got {_shown(data.get('text'))}")
-        return {"type": "text", "text": data["text"]}
+        if not isinstance(data.get("train", True), bool):
+            raise ValueError(f"{name}.train: expected true or false, got {_shown(data['train'])}")
+        return {**data, "type": "text"}
     if kind == "image":
         return {"type": "image", "image": _picture(data, name, pictures)}
     frames, fps = _list(data.get("frames"), f"{name}.frames"), data.get("fps", 1.0)

@@ -1,7 +1,7 @@
 """From the settings under `data` to endless streams of documents, one a source, and to the batches of a run."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grain
@@ -13,6 +13,7 @@ from l4jax.data.balance import Entries, balanced_indices
 from l4jax.data.config import DataConfig, DigitsConfig, SourceConfig
 from l4jax.data.digits import HELD_OUT, TRAINING, WARM_UP
 from l4jax.data.encode import Encoder, Skipped
+from l4jax.data.made import Captions, Draw, Made, PythonDocs, Recall
 from l4jax.data.pipeline import PackedBatches, Stream
 from l4jax.data.scenes import SceneSource, Split, build_scenes, conversation
 from l4jax.data.schema import Document, DocumentError
@@ -66,6 +67,36 @@ def make_batches(
     )
 
 
+def make_eval_batches(
+    config: DataConfig, processor: Processor, seed: int, directory: Path, *, shard: tuple[int, int] = (0, 1)
+) -> PackedBatches:
+    """Returns the batches of one pass over the sources, in order; the same documents every time.
+
+    The arguments are those of `make_batches`.
+    """
+    index, count = shard
+    tile_size = processor.vision_config.image_size if processor.vision_config else 0
+    streams = {}
+    for name, source in config.sources.items():
+        if source.digits is not None:
+            raise ValueError(f"evaluate: {name} has digits; scenes are for `l4jax demo`, captions for evaluations")
+        stream = open_stream(name, source, config, seed=seed, tile_size=tile_size, directory=directory)
+        # Drawn in proportion to their lengths, all sources end together.
+        streams[name] = replace(stream, documents=stream.documents[: stream.length], weight=float(stream.length))
+    return PackedBatches(streams, make_encoder(config, processor), rows=config.rows // count, shard=(index, count))
+
+
+def make_documents(source: SourceConfig, tile_size: int, seed: int) -> Made | None:
+    """Returns the documents of a source that is made on this machine; None for a path."""
+    if source.captions is not None:
+        if not tile_size:
+            raise ValueError("model.vision_config is missing; captions have pictures")
+        return Captions(source.captions, tile_size, seed)
+    if source.python_docs is not None:
+        return PythonDocs(source.python_docs)
+    return None if source.recall is None else Recall(source.recall)
+
+
 def make_encoder(config: DataConfig, processor: Processor) -> Encoder:
     """Returns what makes examples of a run's documents."""
     return Encoder(
@@ -89,11 +120,16 @@ def open_stream(
     if source.digits is not None:
         documents, length = _scenes(source.digits, seed, tile_size, directory)
         return Stream(documents, source.weight, length)
+    # The order depends on the name, not on what else is in the mixture.
+    own_seed = int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
+    made = make_documents(source, tile_size, own_seed)
+    if made is not None:
+        indices = grain.MapDataset.range(len(made)).seed(own_seed)
+        indices = indices.shuffle() if config.shuffle else indices
+        return Stream(indices.repeat(MANY_PASSES).random_map(Draw(made)), source.weight, len(made))
     opened = open_source(source.path, split=source.split, picture_dir=source.picture_dir, cache_dir=directory / "lines")
     if not len(opened):
         raise ValueError(f"data.sources.{name}: {source.path} holds no documents")
-    # The order depends on the name, not on what else is in the mixture.
-    own_seed = int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
     length, guarded = len(opened), _Guarded(opened, config.skip_malformed)
     if source.balance is not None:
         indices = balanced_indices(opened, Entries.read(source.balance.entries), source.balance.most, own_seed)

@@ -168,6 +168,8 @@ class Processor:
         draft.control("<|begin_of_text|>")
         draft.is_learned = True
         self._add_content(draft, content)
+        last = content[-1] if content and not isinstance(content, str) else {}
+        draft.is_learned = last.get("train") is not False  # that a text ends here is learned with its end
         draft.control("<|end_of_text|>")
         return draft.finish()
 
@@ -201,7 +203,10 @@ class Processor:
         for item in content:
             kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
             if kind == "text" and isinstance(item.get("text"), str):
+                learned = draft.is_learned
+                draft.is_learned = learned and item.get("train") is not False
                 draft.text(item["text"])
+                draft.is_learned = learned
             elif kind == "image" and ("path" in item or "image" in item):
                 draft.image(item["path"] if "path" in item else item["image"], self.max_tiles)
             elif kind == "video" and ("path" in item or "frames" in item):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from l4jax.data.config import DigitsConfig
 from l4jax.data.pipeline import PackedBatches
-from l4jax.data.streams import make_batches, make_processor, open_scenes
+from l4jax.data.streams import make_batches, make_eval_batches, make_processor, open_scenes
 from l4jax.train.config import RunConfig
 
 
@@ -25,8 +25,6 @@ class RunData:
 
     def evaluation_batches(self, name: str, shard: tuple[int, int] = (0, 1)) -> PackedBatches:
         """Returns the batches of one of `config.evaluate`, which end."""
-        from l4jax.data.streams import make_eval_batches
-
         data = self._config.evaluation_data(name)
         return make_eval_batches(data, self.processor, self._config.seed, self._directory, shard=shard)
 
