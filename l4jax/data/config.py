@@ -55,16 +55,18 @@ class RecallConfig:
     chunk: int
     """Tokens; what is near lies in one chunk of attention, what is far in different ones."""
     distance: Literal["near", "far", "both"] = "both"
-    questions: int = 12
+    questions: int = 8
     """Values asked for in a chunk."""
     ask_everywhere: bool = True
     """Ask in every chunk, not in the last alone."""
+    learn_echoes: bool = True
+    """Learn the key after each value too; in evaluations only values count."""
     documents: int = 1_000_000
 
     def __post_init__(self):
         if not 1 <= self.pairs <= 46:
             raise ValueError(f"recall.pairs={self.pairs} must be in 1..46, the symbols for keys")
-        if self.length % self.chunk or 2 * self.pairs + self.chunk >= self.length:
+        if self.length % self.chunk or 3 * self.pairs + self.chunk >= self.length:
             raise ValueError(
                 f"recall.length={self.length} must be chunks of {self.chunk}, one of them after {self.pairs} pairs"
             )

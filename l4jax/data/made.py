@@ -82,9 +82,11 @@ class PythonDocs:
 
 
 class Recall:
-    """Pairs of a key and a value, filler, and keys again, whose values are to be known.
+    """Keys, each with its value and itself again, filler, and keys again, whose values are to be known.
 
     Every symbol is one byte, so that places are exact: the document is `length` tokens with its first and last one.
+    That the key follows its value once more is what makes the task learnable in a minute: to predict it, layers that
+    see neighbours have to note at the value which key it belongs to.
     """
 
     def __init__(self, config: RecallConfig):
@@ -96,53 +98,62 @@ class Recall:
     def document(self, index: int, rng: np.random.Generator) -> Document:
         config, items = self._config, []
         near = config.distance == "near" or (config.distance == "both" and index % 2 == 0)
-        symbols, asked = self._near(rng) if near else self._far(rng)
+        symbols, learned = [FILLER] * config.length, set()
+        (self._near if near else self._far)(symbols, learned, rng)
         begin = 1  # the first token is that of the beginning of a text
-        for place in [*sorted(asked), config.length - 1]:
+        for place in [*sorted(learned), config.length - 1]:
             items.append({"type": "text", "text": "".join(symbols[begin:place]), "train": False})
-            if place in asked:
+            if place in learned:
                 items.append({"type": "text", "text": symbols[place]})
             begin = place + 1
         return Document(f"recall {index}", content=tuple(item for item in items if item["text"]))
 
-    def _far(self, rng: np.random.Generator) -> tuple[list[str], set[int]]:
+    def _far(self, symbols: list[str], learned: set[int], rng: np.random.Generator) -> None:
         """All pairs first, then in each chunk after them every key once at most, in any order."""
-        config, symbols, asked = self._config, [FILLER] * self._config.length, set()
+        config = self._config
         keys = rng.permutation(list(KEYS))[: config.pairs]
         values = rng.choice(list(VALUES), config.pairs)
-        for number, (key, value) in enumerate(zip(keys, values, strict=True)):
-            symbols[1 + 2 * number : 3 + 2 * number] = key, value
-        first = -(-(1 + 2 * config.pairs) // config.chunk) * config.chunk
+        end = self._define(symbols, learned, 1, keys, values)
+        first = -(-end // config.chunk) * config.chunk
         chunks = range(first, config.length, config.chunk)
         for start in chunks if config.ask_everywhere else chunks[-1:]:
             order = rng.permutation(config.pairs)[: config.questions]
-            asked |= self._ask(symbols, rng, start, keys[order], values[order])
-        return symbols, asked
+            self._ask(symbols, learned, rng, start, start + config.chunk, keys[order], values[order])
 
-    def _near(self, rng: np.random.Generator) -> tuple[list[str], set[int]]:
-        """In one chunk, or in each, a few pairs and the same keys again."""
-        config, symbols, asked = self._config, [FILLER] * self._config.length, set()
-        num_pairs = min(config.questions, (config.chunk - 2) // 4)
-        chunks = range(0, config.length, config.chunk)
+    def _near(self, symbols: list[str], learned: set[int], rng: np.random.Generator) -> None:
+        """In every chunk, or in the last, a few pairs and the same keys again."""
+        config = self._config
+        num_pairs = min(config.questions, (config.chunk - 2) // 6)
         spare = rng.permutation(list(KEYS))
+        chunks = range(0, config.length, config.chunk)
         for start in chunks if config.ask_everywhere else chunks[-1:]:
             spare = np.roll(spare, num_pairs)
             keys, values = spare[:num_pairs], rng.choice(list(VALUES), num_pairs)
-            begin = max(start, 1)
-            for number, (key, value) in enumerate(zip(keys, values, strict=True)):
-                symbols[begin + 2 * number : begin + 2 * number + 2] = key, value
+            end = self._define(symbols, learned, max(start, 1), keys, values)
             order = rng.permutation(num_pairs)
-            asked |= self._ask(symbols, rng, begin + 2 * num_pairs, keys[order], values[order], start + config.chunk)
-        return symbols, asked
+            self._ask(symbols, learned, rng, end, start + config.chunk, keys[order], values[order])
 
-    def _ask(self, symbols: list[str], rng, start: int, keys, values, stop: int | None = None) -> set[int]:
-        """Writes keys with their values to random places of a chunk; returns where the values are."""
-        stop = min(stop or start + self._config.chunk, self._config.length - 1)
-        count = min(len(keys), (stop - start) // 2)
-        places = start + 2 * np.sort(rng.permutation((stop - start) // 2)[:count])
-        for place, key, value in zip(places, keys, values, strict=False):
-            symbols[place : place + 2] = key, value
-        return {int(place) + 1 for place in places}
+    def _define(self, symbols: list[str], learned: set[int], begin: int, keys, values) -> int:
+        """Writes pairs from a place on; returns the place after them."""
+        for key, value in zip(keys, values, strict=True):
+            symbols[begin : begin + 3] = key, value, key
+            self._learn_echo(learned, begin + 2)
+            begin += 3
+        return begin
+
+    def _ask(self, symbols: list[str], learned: set[int], rng, start: int, stop: int, keys, values) -> None:
+        """Writes keys with their values to random places between two."""
+        room = (min(stop, self._config.length - 1) - start) // 3
+        count = min(len(keys), room)
+        places = start + 3 * np.sort(rng.permutation(room)[:count])
+        for place, key, value in zip(places.tolist(), keys[:count], values[:count], strict=True):
+            symbols[place : place + 3] = key, value, key
+            learned.add(place + 1)
+            self._learn_echo(learned, place + 2)
+
+    def _learn_echo(self, learned: set[int], place: int) -> None:
+        if self._config.learn_echoes:
+            learned.add(place)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,25 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetaPConfig:
+    """Settings are those of a small model, and transfer to this one (`metap.py`)."""
+
+    base_width: int
+    """Its `hidden_size`."""
+    base_depth: int
+    """Its `num_hidden_layers`."""
+    embedding_scale: float = 1.0
+    """Of the embedding's initial values, over 1 / sqrt(base_width); found on the small model, as the next."""
+    output_scale: float = 1.0
+    """Of the unembedding's."""
+
+    def __post_init__(self):
+        for name in ("base_width", "base_depth", "embedding_scale", "output_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"metap.{name}={getattr(self, name)} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """A teacher whose distribution is learned beside the tokens themselves (`distill.py`)."""
 
@@ -146,6 +165,8 @@ class RunConfig:
     router: RouterConfig = RouterConfig()
     init: dict[str, InitConfig] = dataclasses.field(default_factory=dict)
     """Where weights come from, by any name, later ones over earlier ones; what none of them has is drawn."""
+    metap: MetaPConfig | None = None
+    """Scale initial values and learning rates from a small model's; off by default."""
     trainable: str = ""
     """Regular expression at the start of parameter paths; others stay as they are. Empty: all learn."""
     distill: DistillConfig | None = None
@@ -169,6 +190,8 @@ class RunConfig:
         for name in ("steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.metap and self.optimizer.name != "adamw":
+            raise ValueError("optimizer.name must be adamw: MetaP's learning rates are Adam's")
         if self.distill and self.contrastive:
             raise ValueError("distill and contrastive are two objectives; a run has one")
         if self.contrastive and self.parallel.microbatches > 1:

@@ -124,7 +124,7 @@ def train(
             if store.latest_step() is not None:
                 _check_settings(run_dir / "config.yaml", config)
             stage = make_stage(config, mesh)
-            optimizer = make_optimizer(config.optimizer, config.steps, parallel.first_moment_dtype)
+            optimizer = make_optimizer(config.optimizer, config.steps, parallel.first_moment_dtype, stage.scale_by)
             learning_rate = learning_rate_schedule(config.optimizer, config.steps)
             ema = config.optimizer.ema_decay
             shardings = state_shardings(

@@ -1,5 +1,6 @@
 """The optimizer: AdamW or Muon under a linear warm-up and a cosine, with the gradient clipped."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,9 +49,16 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, first_moment_dtype: str = "float32"
+    config: OptimizerConfig,
+    steps: int,
+    first_moment_dtype: str = "float32",
+    scale_by: Callable[[str, int], optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformation:
-    """Returns clip -> Adam (or Muon) -> weight decay -> learning rate, for parameters as plain pytrees."""
+    """Returns clip -> Adam (or Muon) -> weight decay -> learning rate, for parameters as plain pytrees.
+
+    Args:
+        scale_by: MetaP's, `metap.scale_by` with its settings: of the name of a scale and a power.
+    """
     learning_rate = learning_rate_schedule(config, steps)
     if config.name == "muon":
         step = optax.contrib.muon(
@@ -65,17 +73,15 @@ def make_optimizer(
             muon_weight_dimension_numbers=matrix_axes,
             consistent_rms=MUON_RMS,
         )
-    else:
-        step = optax.adamw(
-            learning_rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=first_moment_dtype,
-            weight_decay=config.weight_decay,
-            mask=decays,
-        )
-    return optax.chain(clip_by_global_norm(config.clip_norm), step)
+        return optax.chain(clip_by_global_norm(config.clip_norm), step)
+    parts = [
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=first_moment_dtype),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if scale_by is not None:
+        parts = [scale_by("eps", -1), parts[0], scale_by("learning_rate", 1), *parts[1:]]
+    return optax.chain(clip_by_global_norm(config.clip_norm), *parts)
 
 
 def matrix_axes(params: Any) -> Any:

@@ -1,12 +1,14 @@
 """What differs from stage to stage: the module that trains, what it minimises, and where its weights come from."""
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -14,6 +16,7 @@ from l4jax.checkpoint.load import load
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, flat_params, param_shardings
+from l4jax.train import metap
 from l4jax.train.config import InitConfig, RunConfig
 from l4jax.train.contrastive import Contrastive, ContrastiveModel
 from l4jax.train.distill import Distill
@@ -30,6 +33,8 @@ class Stage:
     objective: Objective
     fixed: Any
     """What the objective is handed besides; no step changes it."""
+    scale_by: Callable[[str, int], optax.GradientTransformation] | None = None
+    """MetaP's, for the optimizer."""
     prefix: str = ""
     """Of the paths of the model inside that module."""
 
@@ -48,7 +53,13 @@ def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
     num_sources = len(config.data.sources)
 
     def make_llama(rngs: nnx.Rngs) -> Llama4:
-        return Llama4(config.model, rngs=rngs)
+        model = Llama4(config.model, rngs=rngs)
+        if config.metap is not None:
+            graphdef, params = nnx.split(model)
+            model = nnx.merge(graphdef, metap.scaled(nnx.to_pure_dict(params), config.metap, config.model))
+        return model
+
+    scale_by = None if config.metap is None else functools.partial(metap.scale_by, config.metap, config.model)
 
     if config.contrastive:
 
@@ -75,8 +86,8 @@ def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
             teacher=nnx.graphdef(teacher),
             steps=config.steps,
         )
-        return Stage(make_llama, objective, fixed)
-    return Stage(make_llama, NextToken(graphdef, config.parallel, config.router, num_sources), None)
+        return Stage(make_llama, objective, fixed, scale_by)
+    return Stage(make_llama, NextToken(graphdef, config.parallel, config.router, num_sources), None, scale_by)
 
 
 def _graphdef(make: Make) -> nnx.GraphDef:

@@ -108,7 +108,8 @@ def new_state(
 ) -> TrainState:
     """Returns the state in which training starts from `params`."""
     text = config.text_config
-    router_bias = jnp.zeros((len(text.moe_layers), max(text.num_local_experts, 1)), jnp.float32)
+    # A dense model has one that nobody reads: Orbax saves no empty array.
+    router_bias = jnp.zeros((max(len(text.moe_layers), 1), max(text.num_local_experts, 1)), jnp.float32)
     opt_state = optimizer.init(split(params, trainable)[0])
     # A copy: donated buffers may not be given twice.
     mean = jax.tree.map(jnp.copy, params) if ema else None
