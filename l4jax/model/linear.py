@@ -26,8 +26,14 @@ def einsum(equation: str, x: Float[Array, "..."], kernel: Any, dtype=None) -> Fl
     """`jnp.einsum` that accumulates in float32 and returns `dtype`, by default that of `x`.
 
     Args:
-        kernel: an array, or a `QuantizedArray` with one scale for each output channel, which is a constant.
+        kernel: an array; a `QuantizedArray` with one scale for each output channel, which is a constant; or a weight
+            that trains in `LowPrecision`.
     """
+    if isinstance(kernel, ops.LowPrecision):
+        of_x, _, of_y = equation.replace("->", ",").split(",")
+        summed = tuple(i - len(of_x) for i, letter in enumerate(of_x) if letter not in of_y)
+        axes = contracted_axes(equation, kernel.ndim)
+        return kernel.product(lambda x, kernel: _einsum(equation, x, kernel, dtype), x, summed, axes)
     if not isinstance(kernel, ops.QuantizedArray):
         return _einsum(equation, x, kernel, dtype)
     y = jnp.einsum(equation, x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -75,3 +75,14 @@ def quantize_model(model: Llama4, scheme: str) -> Llama4:
         abstract = isinstance(weights, jax.ShapeDtypeStruct)
         found.param.set_value(jax.eval_shape(quantize, weights) if abstract else quantize(weights))
     return model
+
+
+def train_in_low_precision(model: Llama4, kind: str) -> Llama4:
+    """Returns the model with the same matrices rounded whenever they multiply; they stay wide, and learn.
+
+    Args:
+        kind: one of `ops.LowPrecision`'s: fp8, int8.
+    """
+    for found in quantizable(model):
+        found.param.set_value(ops.LowPrecision(found.param.get_value(), kind))
+    return model

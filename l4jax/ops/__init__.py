@@ -6,11 +6,13 @@ Modules above see whole arrays; in here `shard_map` hands each device its part, 
 from l4jax.ops.cached import attention_to_slots, decode_attention, slot_axes, write_slots
 from l4jax.ops.experts import routed_experts
 from l4jax.ops.head import map_logits
+from l4jax.ops.low_precision import LowPrecision
 from l4jax.ops.self_attention import attention, full_attention, is_balanced, to_balanced, to_natural
 from pallas_kernels import QuantizedArray, merge_partial_attention, quantize
 from pallas_kernels.dispatch import target
 
 __all__ = [
+    "LowPrecision",
     "QuantizedArray",
     "attention",
     "attention_to_slots",

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from l4jax.ops.low_precision import LowPrecision
 from l4jax.sharding import axis_sizes, spec
 from pallas_kernels import grouped_matmul, grouped_swiglu
 from pallas_kernels.dispatch import target
@@ -138,8 +139,22 @@ class _Weights:
         return _Weights(gate, up, down, self.layer)
 
     def __call__(self, rows_RD: Array, sizes_E: Array, offset: Array | None = None) -> Array:
+        if isinstance(self.gate, LowPrecision):
+            return self._low_precision(rows_RD, sizes_E, offset)
         hidden_RF = grouped_swiglu(rows_RD, self.gate, self.up, sizes_E, offset, self.layer)
         return grouped_matmul(hidden_RF, self.down, sizes_E, offset, self.layer)
+
+    def _low_precision(self, rows_RD: Array, sizes_E: Array, offset: Array | None) -> Array:
+        """The same, one product at a time: the gradient that comes back to each is rounded."""
+
+        def product(x: Array, weight: LowPrecision) -> Array:
+            def multiply(x, kernel):
+                return grouped_matmul(x, kernel, sizes_E, offset, self.layer)
+
+            return weight.product(multiply, x, (-1,), (-2,))
+
+        hidden_RF = jax.nn.silu(product(rows_RD, self.gate)) * product(rows_RD, self.up)
+        return product(hidden_RF, self.down)
 
 
 def _sort(x_MD, experts_Mk, scores_Mk, num_experts: int):

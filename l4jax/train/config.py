@@ -53,6 +53,8 @@ class ParallelConfig:
     """Parts of a batch whose gradients are added up before a step."""
     compute_dtype: str = "float32"
     """In which layers compute; weights are kept, and updated, in float32."""
+    low_precision: Literal["none", "fp8", "int8"] = "none"
+    """What operands of the text layers' matrix products are rounded to (`ops/low_precision.py`)."""
     first_moment_dtype: str = "float32"
     """Of Adam's mean of gradients; the mean of squares is float32."""
     offload_optimizer: bool = False

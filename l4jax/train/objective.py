@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from l4jax.model.llama4 import Llama4
+from l4jax.model.quant import train_in_low_precision
 from l4jax.train.balance import balance_loss, z_loss
 from l4jax.train.config import ParallelConfig, RouterConfig
 from l4jax.train.loss import head_losses, masked_sum
@@ -66,7 +67,9 @@ class NextToken:
 
     def merge(self, params: dict[str, Any]) -> Llama4:
         """Returns the model in the precision of computation."""
-        return nnx.merge(self.graphdef, jax.tree.map(lambda p: p.astype(self.parallel.compute_dtype), params))
+        model = nnx.merge(self.graphdef, jax.tree.map(lambda p: p.astype(self.parallel.compute_dtype), params))
+        kind = self.parallel.low_precision
+        return model if kind == "none" else train_in_low_precision(model, kind)
 
     def hidden(self, model: Llama4, rows: Rows, router_bias):
         """Returns what the head multiplies, and what the routers did."""
