@@ -22,7 +22,7 @@ def flat_params(model: Llama4) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
-def param_shardings(model: Llama4, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
+def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Returns where every parameter belongs on a mesh, under its dotted path; of a quantised one both its arrays."""
     shardings = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):

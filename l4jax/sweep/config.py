@@ -98,8 +98,10 @@ class SweepConfig:
         Args:
             directory: of all runs.
         """
-        places = {arm: str(run_directory(directory, Variant(arm, ()), seed)) for arm in self.arms}
-        words = [word.format_map(places) for word in self.arms[variant.arm]]
+        words = list(self.arms[variant.arm])
+        for arm in self.arms:
+            place = str(run_directory(directory, Variant(arm, ()), seed))
+            words = [word.replace(f"{{{arm}}}", place) for word in words]
         words += [f"{key}={value}" for key, value in variant.point]
         content = _copied(self.run)
         override(content, [*words, f"seed={seed}"])

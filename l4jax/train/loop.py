@@ -184,7 +184,7 @@ def train(
                             outputs.metrics(step, learning_rate=float(learning_rate(step - 1)), **window.close())
                     due = [name for name, found in evaluations.items() if found.is_due(step, config.steps)]
                     if due:
-                        found = {name: evaluations[name].run(state.averaged, mesh) for name in due}
+                        found = {name: evaluations[name].run(stage.llama_params(state.averaged), mesh) for name in due}
                         outputs.evaluations(step, **found)
                         window.restart_clock()
                     if step % config.save_every == 0 or step == config.steps:

@@ -38,6 +38,10 @@ class Stage:
     prefix: str = ""
     """Of the paths of the model inside that module."""
 
+    def llama_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the model among those of the module that trains."""
+        return params[self.prefix.removesuffix(".")] if self.prefix else params
+
     def llama(self, module: nnx.Module) -> Llama4:
         """Returns the model in the module that trained."""
         return getattr(module, self.prefix.removesuffix(".")) if self.prefix else module
