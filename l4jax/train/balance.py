@@ -12,7 +12,7 @@ from l4jax.model.moe import Routing
 
 
 def update_router_bias(
-    bias_LE: Float[Array, "L E"], load_LE: Int[Array, "L E"] | None, rate: float
+    bias_LE: Float[Array, "L E"], load_LE: Int[Array, "L E"] | None, rate: float | Float[Array, ""]
 ) -> Float[Array, "L E"]:
     """Returns `bias + rate * sign(mean load - load)`, re-centred so that each layer's biases add up to 0.
 

@@ -36,14 +36,16 @@ def decays(params: Any) -> Any:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Multiplies all gradients by `min(1, max_norm / norm)`, with the norm over all of them together.
+    """Multiplies all gradients by `min(1, max_norm / norm)`, with the norm over all of them together; without a finite
+    norm they are 0.
 
     As optax's, but by a product: XLA folds it into what follows, and keeps no second copy of the gradients.
     """
 
     def update(grads, state, params=None):
-        factor = jnp.minimum(1.0, max_norm / jnp.maximum(optax.tree.norm(grads), 1e-30))
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+        norm = optax.tree.norm(grads)
+        factor, finite = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30)), jnp.isfinite(norm)
+        return jax.tree.map(lambda g: jnp.where(finite, g * factor.astype(g.dtype), 0.0), grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

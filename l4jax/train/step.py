@@ -36,6 +36,9 @@ GROUPS = {
 """Parameters by the start of their path, the first match counts: for the norms of gradients and updates."""
 
 
+CORNER = 32  # numbers along each axis
+
+
 def group_of(path: str) -> str:
     return next(group for group, pattern in GROUPS.items() if re.match(pattern, path))
 
@@ -89,7 +92,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Numbers]]:
     """Returns the jitted `step(state, batch, fixed) -> state, numbers`; the state that goes in is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the count of steps; `numbers["finite"]` says so.
+    A step whose loss or gradient is not finite moves no weight, and to the optimizer its gradient is zero;
+    `numbers["finite"]` says so.
 
     Args:
         objective: what is minimised; `fixed` is handed to it.
@@ -112,21 +116,14 @@ def make_train_step(
         grad_norm = jnp.sqrt(sum(jnp.square(norm) for norm in grad_norms.values()))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
+        # No choice between the new state and the old one: that would keep both in memory.
         opt_state = to_device(state.opt_state) if parallel.offload_optimizer else state.opt_state
-        updates, new_opt_state = optimizer.update(grads, opt_state, learning)
-        router_bias = update_router_bias(state.router_bias, numbers.get("router_load"), router_bias_rate)
-        new = TrainState(
-            params=join(optax.apply_updates(learning, updates), frozen),
-            opt_state=new_opt_state,
-            step=state.step + 1,
-            router_bias=router_bias,
-            ema=state.ema,
-        )
-        if state.ema is not None:
-            ema = jax.tree.map(lambda mean, p: mean + (1 - ema_decay) * (p - mean), state.ema, new.params)
-            new = TrainState(new.params, new.opt_state, new.step, new.router_bias, ema)
-        old = TrainState(state.params, opt_state, new.step, state.router_bias, state.ema)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        updates, opt_state = optimizer.update(grads, opt_state, learning)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0.0), updates)
+        params = join(optax.apply_updates(learning, updates), frozen)
+        rate = jnp.where(finite, router_bias_rate, 0.0)
+        router_bias = update_router_bias(state.router_bias, numbers.get("router_load"), rate)
+        ema = state.ema and jax.tree.map(lambda mean, p: mean + (1 - ema_decay) * (p - mean), state.ema, params)
         numbers |= {
             "loss_now": loss,
             "finite": finite,
@@ -134,9 +131,9 @@ def make_train_step(
             "all_tokens": (batch["segment_ids"] > 0).sum(),
             "grad_norm": grad_norm,
             "grad_norms": grad_norms,
-            "update_ratios": ratios(norms(updates), norms(learning)),
+            "update_ratios": update_ratios(updates, learning),
         }
-        return new, numbers
+        return TrainState(params, opt_state, state.step + 1, router_bias, ema), numbers
 
     def to_device(opt_state):
         return jax.tree.map(
@@ -147,6 +144,14 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
-def ratios(updates: dict[str, jax.Array], weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns how long each group's update is, relative to its weights."""
+def update_ratios(updates: Any, weights: Any) -> dict[str, jax.Array]:
+    """Returns how long each group's update is, relative to its weights, by a sample of both: a corner of every array.
+
+    Norms of whole updates would be another pass over memory, or another copy.
+    """
+
+    def corner(x: jax.Array) -> jax.Array:
+        return x[tuple(slice(0, CORNER) for _ in x.shape)]
+
+    updates, weights = (norms(jax.tree.map(corner, tree)) for tree in (updates, weights))
     return {group: updates[group] / jnp.maximum(weights[group], 1e-20) for group in updates}
