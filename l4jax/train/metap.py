@@ -18,8 +18,8 @@ the gradient of W is a times that of W', so that
     W:  dW  = -lr g / (|g| + eps), with g = a g'     W': dW' = a dW = -(a lr) g' / (|g'| + eps / a)
 
 So the initial scale and the learning rate are multiplied by a. Epsilon follows the size of the gradients of what is in
-the model: g / m_d everywhere but at the unembedding, and within a branch g / m_L besides. Weight decay takes the same
-share of every matrix in a step, the product of the base's learning rate and decay.
+the model: g / m_d everywhere but at the unembedding and the router, and within a branch g / m_L besides. Weight decay
+takes the same share of every matrix in a step, the product of the base's learning rate and decay.
 
 Head size, the number of experts, and the vision tower do not change with the width; queries and keys need no factor.
 """
@@ -38,7 +38,7 @@ from l4jax.train.config import MetaPConfig
 from l4jax.train.state import path_name
 
 ENDS_BRANCH = re.compile(r"layers\..*\b(o_proj|down_proj)\b")
-HIDDEN = re.compile(r"layers\..*\b(q_proj|k_proj|v_proj|router|gate_proj|up_proj)\b")
+HIDDEN = re.compile(r"layers\..*\b(q_proj|k_proj|v_proj|gate_proj|up_proj)\b")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def scale_of(path: str, metap: MetaPConfig, config: Llama4Config) -> Scale:
         return Scale()
     if ENDS_BRANCH.match(path):
         return Scale(1 / depth, 1 / (width * depth), 1 / width)
+    if ".router." in path:  # its gradient is a sum over the width
+        return Scale(1.0, 1 / width, 1 / depth)
     if HIDDEN.match(path):
         return Scale(1.0, 1 / width, 1 / (width * depth))
     in_branch = path.startswith("layers.")
