@@ -153,8 +153,8 @@ class _Weights:
 
             return weight.product(multiply, x, (-1,), (-2,))
 
-        hidden_RF = jax.nn.silu(product(rows_RD, self.gate)) * product(rows_RD, self.up)
-        return product(hidden_RF, self.down)
+        gate_RF, up_RF = (product(rows_RD, weight).astype(jnp.float32) for weight in (self.gate, self.up))
+        return product((jax.nn.silu(gate_RF) * up_RF).astype(rows_RD.dtype), self.down)
 
 
 def _sort(x_MD, experts_Mk, scores_Mk, num_experts: int):

@@ -63,10 +63,12 @@ class LowPrecision:
 
 
 def round_fp8(x: Float[Array, "..."], dtype) -> Float[Array, "..."]:
-    """Returns x rounded to `dtype`, an FP8 format, times a power of two; in the dtype of x."""
+    """Returns x rounded to `dtype`, an FP8 format, times a power of two; in the dtype of x. NaN if x is not finite."""
     largest = float(jnp.finfo(dtype).max)
-    _, exponent = jnp.frexp(jnp.abs(x).max().astype(jnp.float32) / largest)  # |x| / largest < 2^exponent
-    scale = jnp.ldexp(jnp.float32(1.0), exponent).astype(x.dtype)
+    magnitude = jnp.abs(x).max().astype(jnp.float32)
+    _, exponent = jnp.frexp(magnitude / largest)  # |x| / largest < 2^exponent
+    # Clipping would hide an infinity from those who look for it in gradients.
+    scale = jnp.where(jnp.isfinite(magnitude), jnp.ldexp(jnp.float32(1.0), exponent), jnp.nan).astype(x.dtype)
     return jnp.clip(x / scale, -largest, largest).astype(dtype).astype(x.dtype) * scale
 
 

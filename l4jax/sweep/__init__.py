@@ -86,8 +86,7 @@ def train_all(sweep: "SweepConfig", variants: list["Variant"], out: Path, jobs: 
                     continue
                 del running[slot]
                 if process.returncode:
-                    message = (directory / "log.txt").read_text().strip().rpartition("\n")[2]
-                    raise ValueError(f"{directory.name} failed: {message.removeprefix('error: ')}")
+                    raise ValueError(f"{directory.name} failed: {last_words(directory / 'log.txt')}")
                 console.print(f"  {directory.name}: {time.monotonic() - started:.0f} s, {len(waiting)} to go")
             time.sleep(0.2)
     finally:
@@ -95,6 +94,12 @@ def train_all(sweep: "SweepConfig", variants: list["Variant"], out: Path, jobs: 
             process.terminate()
         for _, _, process in running.values():
             process.wait()
+
+
+def last_words(log: Path) -> str:
+    """Returns the error that a run ended with; libraries may have said something after it."""
+    lines = log.read_text().strip().splitlines() or ["it said nothing"]
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), lines[-1])
 
 
 def start(directory: Path, cores: set[int]) -> subprocess.Popen:

@@ -16,7 +16,8 @@ class OptimizerConfig:
     """AdamW, or Muon for matrices beside it; weight decay on matrices only."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: hidden matrices step along the nearest orthogonal matrix; embeddings, head, norms and biases by AdamW."""
+    """muon: hidden matrices step along the nearest orthogonal matrix; embeddings, head, norms and biases by AdamW,
+    both with Nesterov's momentum."""
     learning_rate: float
     """The peak, reached after the warm-up."""
     warmup_steps: int
@@ -98,6 +99,8 @@ class MetaPConfig:
     """Its `hidden_size`."""
     base_depth: int
     """Its `num_hidden_layers`."""
+    base_head_dim: int = 128
+    """Its `head_dim`, which this model must share: attention would need another factor."""
     embedding_scale: float = 1.0
     """Of the embedding's initial values, over 1 / sqrt(base_width); found on the small model, as the next."""
     output_scale: float = 1.0
@@ -192,6 +195,11 @@ class RunConfig:
         for name in ("steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.metap and self.metap.base_head_dim != self.model.text_config.head_dim:
+            raise ValueError(
+                f"metap.base_head_dim={self.metap.base_head_dim} and the model's {self.model.text_config.head_dim} differ;"
+                " settings transfer between models whose heads have one size: change num_attention_heads with the width"
+            )
         if self.metap and self.optimizer.name != "adamw":
             raise ValueError("optimizer.name must be adamw: MetaP's learning rates are Adam's")
         if self.distill and self.contrastive:

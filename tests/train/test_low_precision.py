@@ -30,6 +30,11 @@ def test_rounding_equals_that_of_ml_dtypes(dtype, wide):
     assert np.abs(np.float64(rounded)).max() / scale > largest / 2.2  # and no range is given away
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_what_is_not_finite_is_not_hidden(bad):
+    assert not np.isfinite(round_fp8(jnp.array([1.0, bad]), jnp.float8_e5m2)).any()
+
+
 def test_zeros_stay_zeros():
     np.testing.assert_array_equal(round_fp8(jnp.zeros((3, 3)), jnp.float8_e4m3fn), 0)
     np.testing.assert_array_equal(round_int8(jnp.zeros((3, 3)), (0,)), 0)

@@ -117,7 +117,8 @@ def test_a_student_learns_from_the_model_of_a_run(settings, llama, tmp_path):
         (["trainable=vision_modell"], "matches no parameter"),
         (["contrastive.width=8", "distill.teacher=x"], "two objectives"),
         (["contrastive.width=8", "parallel.microbatches=2"], "microbatches must be 1"),
-        (["metap={base_width: 32, base_depth: 2}", "optimizer.name=muon"], "must be adamw"),
+        (["metap={base_width: 32, base_depth: 2, base_head_dim: 16}", "optimizer.name=muon"], "must be adamw"),
+        (["metap={base_width: 32, base_depth: 2}"], "base_head_dim=128 and the model's 16 differ"),
     ],
 )
 def test_what_cannot_be_is_said(settings, tmp_path, words, message):

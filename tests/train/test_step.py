@@ -117,7 +117,7 @@ def test_muon_orthogonalises_each_matrix_of_each_expert_and_leaves_embeddings_to
     assert scales[0] / np.median(scales) < 2  # small ones are of directions that the gradient hardly has
     embedding = first.params["embed_tokens"]["embedding"] - last.params["embed_tokens"]["embedding"]
     moved = np.abs(embedding)[np.unique(rows["ids"])]
-    assert np.median(moved) == pytest.approx(1e-2, rel=0.01)  # Adam's first step: the learning rate
+    np.testing.assert_allclose(np.quantile(moved, [0.1, 0.9]), np.median(moved), rtol=0.01)  # Adam: all alike at first
 
 
 def _named(tree, names):
