@@ -39,7 +39,7 @@ class PythonDocsConfig:
     """The topics of Python's own help in pieces (`l4jax/data/made.py`)."""
 
     part: Literal["train", "held_out"] = "train"
-    """A tenth of the topics is held out."""
+    """A tenth of the paragraphs is held out."""
     piece_bytes: int = 126
     """Longest piece; pieces end between words."""
 

@@ -21,7 +21,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 KEYS = string.ascii_uppercase + string.ascii_lowercase[16:] + string.digits
 VALUES = string.ascii_lowercase[:16]
 FILLER = "."
-HELD_OUT_TOPICS = 10  # one topic in so many
+HELD_OUT_PARAGRAPHS = 10  # one in so many
 
 
 class Made(Protocol):
@@ -65,12 +65,14 @@ class PythonDocs:
     def __init__(self, config: PythonDocsConfig):
         from pydoc_data.topics import topics
 
+        # Topics share paragraphs, so that these are divided, each of them once.
+        paragraphs = dict.fromkeys(paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
         held_out = config.part == "held_out"
-        chosen = [name for name in sorted(topics) if (zlib.crc32(name.encode()) % HELD_OUT_TOPICS == 0) == held_out]
         self._pieces = [
             piece
-            for name in chosen
-            for piece in textwrap.wrap(topics[name], config.piece_bytes, break_on_hyphens=False)
+            for paragraph in paragraphs
+            if (zlib.crc32(paragraph.encode()) % HELD_OUT_PARAGRAPHS == 0) == held_out
+            for piece in textwrap.wrap(paragraph, config.piece_bytes, break_on_hyphens=False)
             if len(piece.encode()) <= config.piece_bytes
         ]
 

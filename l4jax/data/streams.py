@@ -69,8 +69,8 @@ def make_batches(
 
 def make_eval_batches(
     config: DataConfig, processor: Processor, seed: int, directory: Path, *, shard: tuple[int, int] = (0, 1)
-) -> PackedBatches:
-    """Returns the batches of one pass over the sources, in order; the same documents every time.
+) -> list[PackedBatches]:
+    """Returns, for each source, the batches of one pass over it, in order; the same documents every time.
 
     The arguments are those of `make_batches`.
     """
@@ -81,9 +81,13 @@ def make_eval_batches(
         if source.digits is not None:
             raise ValueError(f"evaluate: {name} has digits; scenes are for `l4jax demo`, captions for evaluations")
         stream = open_stream(name, source, config, seed=seed, tile_size=tile_size, directory=directory)
-        # Drawn in proportion to their lengths, all sources end together.
-        streams[name] = replace(stream, documents=stream.documents[: stream.length], weight=float(stream.length))
-    return PackedBatches(streams, make_encoder(config, processor), rows=config.rows // count, shard=(index, count))
+        streams[name] = replace(stream, documents=stream.documents[: stream.length])
+
+    def one_source(chosen: str) -> PackedBatches:
+        alone = {name: replace(stream, weight=float(name == chosen)) for name, stream in streams.items()}
+        return PackedBatches(alone, make_encoder(config, processor), rows=config.rows // count, shard=(index, count))
+
+    return [one_source(name) for name in streams]
 
 
 def make_documents(source: SourceConfig, tile_size: int, seed: int) -> Made | None:

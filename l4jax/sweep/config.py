@@ -13,6 +13,7 @@ from l4jax.settings import override, read_settings
 from l4jax.train.config import RunConfig, run_config_from_dict
 
 STATISTICS = {"min": min, "max": max, "mean": statistics.mean, "median": statistics.median}
+LEARNING_RATE = "optimizer.learning_rate"
 _TERM = r"(?P<{0}statistic>min|max|mean|median) (?P<{0}metric>\w+) of (?P<{0}arm>\w+)"
 _EXPECTATION = re.compile(
     _TERM.format("") + r" (?P<sign>>=|<=) (?P<factor>[\d.]+)(?: \* " + _TERM.format("other_") + r")?"
@@ -85,6 +86,8 @@ class SweepConfig:
     """Key -> values."""
     seeds: Sequence[int] = (0,)
     expect: Sequence[Expectation] = ()
+    transfer: str | None = None
+    """Preset or checkpoint to which MetaP carries the best learning rate; the grid has learning rates alone."""
 
     def variants(self) -> Iterator[Variant]:
         """Yields what is trained with each seed, in order."""
@@ -130,11 +133,14 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> SweepConfig:
     if missing := sorted({"run", "metrics"} - set(content)):
         raise ValueError(f"{path}: missing key {', '.join(missing)}; {SweepConfig.__doc__}")
     kinds = {"run": dict, "metrics": dict, "goal": str, "arms": dict, "grid": dict, "seeds": list, "expect": list}
+    kinds["transfer"] = str
     for key, value in content.items():
         if not isinstance(value, kinds[key]) or not value:
             raise ValueError(f"{path}: {key}={value!r} must be a {kinds[key].__name__} with something in it")
     if content.get("goal", "max") not in ("max", "min"):
         raise ValueError(f"{path}: goal={content['goal']!r} must be max or min")
+    if "transfer" in content and list(content.get("grid", ())) != [LEARNING_RATE]:
+        raise ValueError(f"{path}: transfer is for a grid of {LEARNING_RATE} alone")
     arms = {name: words or () for name, words in content.get("arms", {"run": ()}).items()}
     expect = [Expectation.parse(text, list(arms), list(content["metrics"])) for text in content.get("expect", ())]
     sweep = SweepConfig(**{**content, "arms": arms, "expect": expect})

@@ -1,6 +1,7 @@
 """What came out of a sweep: numbers by variant and seed, as a table, a page and a verdict."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from l4jax import report
+from l4jax.config import PRESETS, load_config, preset
 from l4jax.sweep import lookup
-from l4jax.sweep.config import SweepConfig, Variant, run_directory
+from l4jax.sweep.config import LEARNING_RATE, SweepConfig, Variant, run_directory
 from l4jax.train.config import RunConfig
+from l4jax.train.metap import transferred
 from l4jax.train.metrics import read_metrics
 
 
@@ -74,7 +77,42 @@ def show(sweep: SweepConfig, results: Results, console: Console) -> bool:
         holds, came, wanted = expectation.check(results.of_best(sweep))
         met &= holds
         console.print(f"{'holds' if holds else 'FAILS'}: {expectation.text} ({came:.3f}, {wanted:.3f})")
+    if sweep.transfer:
+        show_transfer(sweep, results, console)
     return met
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """Returns where a parabola through the best three losses, over the logarithm of the rates, is lowest; at an end of
+    the grid, the best rate of the grid."""
+    order = np.argsort(rates)
+    x, y = np.log2(np.asarray(rates)[order]), np.asarray(losses)[order]
+    i = int(y.argmin())
+    if not 0 < i < len(x) - 1:
+        return float(2 ** x[i])
+    a, b, _ = np.polyfit(x[i - 1 : i + 2], y[i - 1 : i + 2], 2)
+    return float(2 ** (-b / (2 * a))) if a > 0 else float(2 ** x[i])
+
+
+def show_transfer(sweep: SweepConfig, results: Results, console: Console) -> None:
+    """Prints the best learning rate of the first arm, and what it means for the parameters of a larger model."""
+    arm, values = next(iter(sweep.arms)), results.values[next(iter(sweep.metrics))]
+    points = [(float(v.point[0][1]), statistics.mean(x)) for v, x in values.items() if v.arm == arm]
+    sign = 1.0 if sweep.goal == "min" else -1.0
+    rate = best_rate([r for r, _ in points], [sign * value for _, value in points])
+    run = sweep.settings(Variant(arm, ((LEARNING_RATE, rate),)), sweep.seeds[0], Path())
+    if run.metap is None:
+        raise ValueError(f"transfer: {arm} has no metap; add metap.base_width and metap.base_depth to it")
+    config = preset(sweep.transfer) if sweep.transfer in PRESETS else load_config(sweep.transfer)
+    title = f"{sweep.transfer}, from {arm} at {rate:.3g}"
+    table = Table("", "initial values x", "learning rate", "epsilon", title=title)
+    for row in transferred(run.metap, config, rate, run.optimizer.eps):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"as settings: optimizer.learning_rate={rate:.3g} metap.base_width={run.metap.base_width} "
+        f"metap.base_depth={run.metap.base_depth} metap.base_head_dim={run.metap.base_head_dim}"
+    )
 
 
 def write_page(path: Path, title: str, sweep: SweepConfig, results: Results) -> None:

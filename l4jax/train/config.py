@@ -153,7 +153,7 @@ class EvaluateConfig:
     row_tokens: int | None = None
     """Tokens of a row; as in training by default."""
     max_batches: int = 0
-    """Batches to read; 0: all."""
+    """Batches to read of each source; 0: all."""
     attn_scale: float | None = None
     """Slope of the attention temperature of layers without positions, in place of the model's; 0: none."""
 
@@ -195,10 +195,11 @@ class RunConfig:
         for name in ("steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.metap and self.metap.base_head_dim != self.model.text_config.head_dim:
+        head_dim = self.model.text_config.head_dim
+        if self.metap and self.metap.base_head_dim != head_dim:
             raise ValueError(
-                f"metap.base_head_dim={self.metap.base_head_dim} and the model's {self.model.text_config.head_dim} differ;"
-                " settings transfer between models whose heads have one size: change num_attention_heads with the width"
+                f"metap.base_head_dim={self.metap.base_head_dim} and the model's {head_dim} differ; settings transfer "
+                "between models whose heads have one size: change num_attention_heads with the width"
             )
         if self.metap and self.optimizer.name != "adamw":
             raise ValueError("optimizer.name must be adamw: MetaP's learning rates are Adam's")

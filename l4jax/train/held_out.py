@@ -6,6 +6,7 @@ likeliest after the true ones before it. Nothing has to be generated, and packed
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Evaluation:
         self,
         config: Llama4Config,
         wanted: EvaluateConfig,
-        batches: grain.IterDataset,
+        batches: Sequence[grain.IterDataset],
         parallel: ParallelConfig,
         source_names: Sequence[str],
         parts: int = 1,
@@ -46,7 +47,7 @@ class Evaluation:
         Args:
             config: of the model.
             wanted: what to evaluate.
-            batches: finite, the part of this process.
+            batches: finite ones, of each source; the part of this process.
             parallel: precision of computation.
             source_names: in the order of `source_ids`.
             parts: processes that read different rows.
@@ -76,12 +77,11 @@ class Evaluation:
         Without the balancing bias: the model that comes out has none.
         """
         total = None
-        with contextlib.closing(iter(self._batches)) as batches:
-            for number, batch in enumerate(batches, start=1):
-                found = jax.device_get(self._sums(params, place(batch, mesh, BATCH_AXES, self._parts)))
-                total = found if total is None else jax.tree.map(np.add, total, found)
-                if number == self._max_batches:
-                    break
+        for of_source in self._batches:
+            with contextlib.closing(iter(of_source)) as batches:
+                for batch in itertools.islice(batches, self._max_batches or None):
+                    found = jax.device_get(self._sums(params, place(batch, mesh, BATCH_AXES, self._parts)))
+                    total = found if total is None else jax.tree.map(np.add, total, found)
         if total is None:
             raise ValueError("an evaluation has no document; check its sources under evaluate")
         return self._summary(total)

@@ -6,7 +6,7 @@ import yaml
 from l4jax import sweep
 from l4jax.cli import main
 from l4jax.sweep.config import Expectation, Variant, load_sweep, run_directory
-from l4jax.sweep.results import collect
+from l4jax.sweep.results import best_rate, collect
 
 CAPTIONING = "configs/experiments/captioning.yaml"
 
@@ -133,3 +133,28 @@ def test_a_run_that_fails_is_named_with_its_own_words(path, tmp_path, capsys):
 def test_expectations(text, holds):
     results = {"a": {"x": [1.0, 2.0, 3.0], "y": [4.0, 4.0, 9.0]}}
     assert Expectation.parse(text, ["x", "y"], ["a"]).check(results)[0] == holds
+
+
+def test_the_best_rate_lies_between_the_points_of_the_grid():
+    rates = [2.0**k for k in (-8, -7, -6, -5)]
+    losses = [(k + 6.3) ** 2 for k in (-8, -7, -6, -5)]
+    assert best_rate(rates, losses) == pytest.approx(2**-6.3)
+    assert best_rate(rates[::-1], losses[::-1]) == pytest.approx(2**-6.3)
+    assert best_rate(rates, [4, 3, 2, 1]) == rates[-1]
+
+
+def test_settings_are_transferred(path, finished, tmp_path, capsys):
+    words = [
+        "arms={base: [metap.base_width=64, metap.base_depth=2, metap.base_head_dim=16]}",
+        "grid={optimizer.learning_rate: [1.0e-3, 2.0e-3, 4.0e-3]}",
+        "expect=[min exact of base >= 0]",
+        "transfer=scout",
+    ]
+    assert main(["sweep", str(path), "--out", str(tmp_path / "out"), *words]) == 0
+    shown = capsys.readouterr().out
+    assert "scout, from base at 0.001" in shown
+    assert "unembedding" in shown
+    assert "1.25e-05" in shown  # of hidden matrices: 80 times wider
+    words[1] = "grid={data.rows: [2, 4]}"
+    assert main(["sweep", str(path), "--out", str(tmp_path / "out"), *words]) == 1
+    assert "transfer is for a grid of optimizer.learning_rate alone" in capsys.readouterr().err

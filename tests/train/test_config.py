@@ -53,7 +53,7 @@ def test_model_settings_can_be_overridden():
         ("data.sources={}", "data.sources is no mixture: it names nothing; name a source"),
         ("data.sources.scenes.weight=0", "data.sources is no mixture: every weight is 0"),
         ("data.sources.scenes.weight=-1", "data.sources.scenes.weight=-1.0 must be 0 or more"),
-        ("data.sources.more.weight=1", "data.sources.more must have either `path`"),
+        ("data.sources.more.weight=1", "data.sources.more must have one of path, digits"),
         ("data.long_documents=cut", "data.long_documents='cut' must be one of error, split, drop"),
         ("data.rows=0", "data.rows=0 must be at least 1"),
         ("data.row_tiles=-1", "data.row_tiles=-1 must not be negative"),

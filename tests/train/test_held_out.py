@@ -21,7 +21,7 @@ def params():
 
 def evaluate(params, batches, **settings):
     wanted = EvaluateConfig(sources={}, **settings)
-    evaluation = Evaluation(CONFIG, wanted, Batches(batches), ParallelConfig(), ["first", "second"])
+    evaluation = Evaluation(CONFIG, wanted, [Batches(batches)], ParallelConfig(), ["first", "second"])
     with jax.set_mesh(make_mesh()):
         return evaluation.run(params, make_mesh())
 
