@@ -4,10 +4,19 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from l4jax.config import PRESETS, Llama4Config
 from l4jax.model.llama4 import Llama4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_without_optimization():
+    """Where it is imported: compiling takes longer than what runs there."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny(num_layers: int = 2, **changes) -> Llama4Config:

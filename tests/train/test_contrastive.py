@@ -10,7 +10,7 @@ from flax import nnx
 from l4jax.train.config import ContrastiveConfig, ParallelConfig
 from l4jax.train.contrastive import Contrastive, ContrastiveModel, Pairs, info_nce
 from l4jax.train.step import count_targets
-from tests.train.models import make_rows, tiny
+from tests.train.models import _compile_without_optimization, make_rows, tiny  # noqa: F401, is for every test here
 
 N, D = 12, 8
 

@@ -9,7 +9,7 @@ from l4jax.train.config import DistillConfig, ParallelConfig, RouterConfig
 from l4jax.train.distill import Distill, divergence, soft_targets, soft_weight
 from l4jax.train.objective import NextToken
 from l4jax.train.step import count_targets
-from tests.train.models import make_rows, split_model, tiny
+from tests.train.models import _compile_without_optimization, make_rows, split_model, tiny  # noqa: F401, is for every test here
 
 V = 11
 STUDENT, TEACHER = (jax.random.normal(jax.random.key(seed), (2, 5, V)) * 3 for seed in (0, 1))

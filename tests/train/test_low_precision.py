@@ -14,7 +14,7 @@ from l4jax.sharding import TRAINING, make_mesh, use_rules
 from l4jax.train.config import ParallelConfig
 from l4jax.train.objective import NextToken
 from l4jax.train.step import count_targets
-from tests.train.models import make_rows, split_model, tiny
+from tests.train.models import _compile_without_optimization, make_rows, split_model, tiny  # noqa: F401, is for every test here
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])

@@ -18,6 +18,7 @@ from l4jax.train.config import MetaPConfig, OptimizerConfig
 from l4jax.train.metap import Scale, resized, scale_by, scale_of, scaled, transferred
 from l4jax.train.optimizer import make_optimizer
 from l4jax.train.state import path_name
+from tests.train.models import _compile_without_optimization  # noqa: F401, is for every test here
 
 BASE = Llama4Config(
     text_config=TextConfig(
@@ -38,14 +39,6 @@ METAP = MetaPConfig(base_width=32, base_depth=2)
 OPTIMIZER = OptimizerConfig(learning_rate=2**-9, warmup_steps=0, final_fraction=1.0)
 B, T = 4, 16
 IDS = jnp.arange(B * T).reshape(B, T) % 8  # few words: steps of one sign add up, also at the smallest width
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_without_optimization():
-    """It would take longer than what runs here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def activations(model: Llama4) -> list[jax.Array]:

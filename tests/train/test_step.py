@@ -14,7 +14,7 @@ from l4jax.train.objective import NextToken
 from l4jax.train.optimizer import make_optimizer, matrix_axes
 from l4jax.train.state import init_state, join, split, state_shardings
 from l4jax.train.step import GROUPS, count_targets, group_of, make_train_step
-from tests.train.models import make_rows, split_model, tiny
+from tests.train.models import _compile_without_optimization, make_rows, split_model, tiny  # noqa: F401, is for every test here
 
 CONFIG = tiny(num_local_experts=4)
 BIASED = RouterConfig()
