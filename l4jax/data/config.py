@@ -33,6 +33,10 @@ class CaptionsConfig:
     wrong_fraction: float = 0.0
     """Share of the pictures whose caption names another digit, as in text from the web."""
 
+    def __post_init__(self):
+        if not 0 <= self.wrong_fraction <= 1:
+            raise ValueError(f"captions.wrong_fraction={self.wrong_fraction} must be in 0..1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocsConfig:
@@ -41,7 +45,11 @@ class PythonDocsConfig:
     part: Literal["train", "held_out"] = "train"
     """A tenth of the paragraphs is held out."""
     piece_bytes: int = 126
-    """Longest piece; pieces end between words."""
+    """Longest piece; pieces end between words, and lines are joined."""
+
+    def __post_init__(self):
+        if self.piece_bytes < 16:
+            raise ValueError(f"python_docs.piece_bytes={self.piece_bytes} must be at least 16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,9 @@ class RecallConfig:
     documents: int = 1_000_000
 
     def __post_init__(self):
+        for name in ("chunk", "questions", "documents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recall.{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.pairs <= 46:
             raise ValueError(f"recall.pairs={self.pairs} must be in 1..46, the symbols for keys")
         if self.length % self.chunk or 3 * self.pairs + self.chunk >= self.length:

@@ -53,9 +53,8 @@ def make_batches(
         directory: where scenes and line indices are kept.
         shard: number of this process, from 0, and of all that train together; each makes its part of the rows.
     """
+    _check_rows(config, shard)
     index, count = shard
-    if config.rows % count:
-        raise ValueError(f"data.rows={config.rows} is not divisible by the {count} processes that train together")
     encoder = make_encoder(config, processor)
     tile_size = processor.vision_config.image_size if processor.vision_config else 0
     streams = {
@@ -74,6 +73,7 @@ def make_eval_batches(
 
     The arguments are those of `make_batches`.
     """
+    _check_rows(config, shard)
     index, count = shard
     tile_size = processor.vision_config.image_size if processor.vision_config else 0
     streams = {}
@@ -88,6 +88,11 @@ def make_eval_batches(
         return PackedBatches(alone, make_encoder(config, processor), rows=config.rows // count, shard=(index, count))
 
     return [one_source(name) for name in streams]
+
+
+def _check_rows(config: DataConfig, shard: tuple[int, int]) -> None:
+    if config.rows % shard[1]:
+        raise ValueError(f"data.rows={config.rows} is not divisible by the {shard[1]} processes that train together")
 
 
 def make_documents(source: SourceConfig, tile_size: int, seed: int) -> Made | None:

@@ -102,7 +102,9 @@ def test_echoes_are_learned_in_training():
     assert all(symbols[place] == symbols[place - 2] for place in echoes)
 
 
-@pytest.mark.parametrize("settings", [{"pairs": 47}, {"length": 100}, {"length": 64, "pairs": 12}])
+@pytest.mark.parametrize(
+    "settings", [{"pairs": 47}, {"chunk": 0}, {"questions": 0}, {"length": 100}, {"length": 64, "pairs": 12}]
+)
 def test_impossible_recall_is_refused(settings):
     with pytest.raises(ValueError, match=r"recall\."):
         RecallConfig(**{"length": 128, "pairs": 10, "chunk": 32} | settings)

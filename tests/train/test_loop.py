@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
+from l4jax.cli import USER_ERRORS
 from l4jax.train import loop
 from l4jax.train.config import load_run_config
 from l4jax.train.data import RunData
@@ -120,6 +123,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(data, whole, tmp_path, monkeypatch, n
     assert losses[0][-2:] == losses[1][-2:]
 
 
+def test_a_signal_while_a_checkpoint_is_still_being_written_costs_nothing(data, whole, tmp_path, monkeypatch):
+    often = load_run_config(DEMO, [*TINY, "save_every=2"])
+    write = ocp.CheckpointManager.save
+
+    def slowly(self, *args, **options):
+        """The write goes on in the background when this returns; the signal comes before it can end."""
+        result = write(self, *args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", slowly)
+        stopped = run(data, tmp_path, config=often)
+    assert (stopped.steps, stopped.interrupted_by) == (2, signal.SIGTERM)
+    assert_same_state(run(data, tmp_path, resume="must"), whole[1])
+
+
 def test_the_end_of_a_run_is_not_trained_again(data, whole):
     directory, first = whole
     again = run(data, directory)
@@ -213,3 +233,29 @@ def test_a_run_goes_on_with_another_mixture_but_not_with_other_files(data, tmp_p
         run(mixed(f"data.sources.texts.path={tmp_path / 'others.jsonl'}"), run_dir)
     new = f"data.sources.new.path={tmp_path / 'others.jsonl'}"
     assert run(mixed("data.sources.texts.weight=5", "data.skip_malformed=true", new), run_dir, resume="must").steps == 8
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 MB; skipped where tests may not mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_costs_no_checkpoint(data, whole, small_disk, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGTERM)
+        run(data, small_disk / "run")
+    used = shutil.disk_usage(small_disk).used // 1024
+    subprocess.run(["mount", "-o", f"remount,size={used + 64}k", small_disk], check=True)
+    with pytest.raises(Exception, match="No space left on device|RESOURCE_EXHAUSTED") as raised:
+        run(data, small_disk / "run")
+    assert isinstance(raised.value, USER_ERRORS)  # one line, no traceback
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    finished = run(data, small_disk / "run", resume="must")
+    assert_same_state(finished, whole[1])
