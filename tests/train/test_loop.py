@@ -253,7 +253,7 @@ def test_a_full_disk_costs_no_checkpoint(data, whole, small_disk, monkeypatch):
         run(data, small_disk / "run")
     used = shutil.disk_usage(small_disk).used // 1024
     subprocess.run(["mount", "-o", f"remount,size={used + 64}k", small_disk], check=True)
-    with pytest.raises(Exception, match="No space left on device|RESOURCE_EXHAUSTED") as raised:
+    with pytest.raises(Exception, match=r"No space left on device|RESOURCE_EXHAUSTED") as raised:
         run(data, small_disk / "run")
     assert isinstance(raised.value, USER_ERRORS)  # one line, no traceback
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
