@@ -64,10 +64,11 @@ def test_packed_rows_hold_the_documents_as_they_are_alone(many_documents, texts,
     seen = set()
     for batch in take(iter(data), 20):
         assert {name: array.shape for name, array in batch.items()} == {
-            **dict.fromkeys(["ids", "positions", "segment_ids", "loss_mask", "source_ids"], (ROWS, TOKENS)),
+            **dict.fromkeys(["ids", "positions", "segment_ids", "loss_mask", "source_ids", "pictures"], (ROWS, TOKENS)),
             "tiles": (ROWS, TILES, 3, 28, 28),
         }
         np.testing.assert_array_equal(batch["segment_ids"] > 0, batch["source_ids"] > 0)
+        assert batch["pictures"].any() == batch["tiles"].any()
         for ids, loss_mask, positions, source_ids, tiles in documents_of(batch):
             number, example = alone[ids.tobytes()]
             assert source_ids == {number}
