@@ -59,8 +59,8 @@ def override(content: dict[str, Any], words: Sequence[str]) -> None:
 def build(cls, content: Any, where: str = "", *, root=None):
     """Returns a dataclass filled from nested dicts.
 
-    Fields may be plain values, `Literal`s, dataclasses, dicts of dataclasses by name, a `Llama4Config` (a preset or the
-    content of a `config.json`), and each of these or None.
+    Fields may be plain values, `Literal`s, dataclasses, a `Llama4Config` (a preset or the content of a `config.json`),
+    lists and dicts by name of these, `Any`, and each of these or None.
 
     Args:
         cls: the dataclass.
@@ -106,7 +106,14 @@ def _value(hint, value: Any, where: str, root):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected settings by name, got {value!r}")
         _, inner = typing.get_args(hint)
-        return {str(name): build(inner, content, f"{where}.{name}", root=root) for name, content in value.items()}
+        return {str(name): _value(inner, content, f"{where}.{name}", root) for name, content in value.items()}
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        (inner,) = typing.get_args(hint)
+        return [_value(inner, entry, f"{where}[{i}]", root) for i, entry in enumerate(value)]
+    if hint is typing.Any:
+        return value
     if typing.get_origin(hint) is typing.Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:

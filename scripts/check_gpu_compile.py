@@ -97,7 +97,7 @@ def main() -> int:
             start, call = time.perf_counter(), make()
             try:
                 compile_call(mesh, call)
-            except Exception as error:
+            except Exception as error:  # whatever one call does, the others are compiled and the failure is named
                 print(f"{name}: FAILED: {type(error).__name__}: {error}", flush=True)
                 failed.append(name)
                 continue

@@ -9,6 +9,7 @@ import absl.flags
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.disks import mount  # noqa: F401, a fixture
 from tests.oracle import import_torchvision
 
 absl.flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it

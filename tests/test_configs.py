@@ -29,7 +29,8 @@ def test_config_loads_and_names_its_command(path):
 def test_a_pod_has_the_memory_by_arithmetic(path):
     """`python -m pytest -m pod tests/plan/test_pod.py` compiles them."""
     (topology,) = set(re.findall(r"--topology (\S+)", path.read_text()))
-    job, sizes = job_of_run(path), parse_sizes(load_run_config(path).parallel.mesh)
+    job, mesh = job_of_run(path)
+    sizes = parse_sizes(mesh)
     devices = 1
     for size in sizes.values():
         devices *= size

@@ -102,8 +102,8 @@ def read_pth(path: Path) -> tuple[dict[str, Any], MappedFile]:
 
 # What the pickle machine, numpy and zipfile raise on nonsense; anything else would be a fault of ours.
 _BROKEN = (
-    *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError, MemoryError),
-    *(RecursionError, struct.error, NotImplementedError, OSError, UnicodeError, RuntimeError),
+    *(ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, MemoryError),
+    *(struct.error, OSError, RuntimeError),
 )
 
 

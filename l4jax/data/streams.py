@@ -53,8 +53,9 @@ def make_batches(
         directory: where scenes and line indices are kept.
         shard: number of this process, from 0, and of all that train together; each makes its part of the rows.
     """
-    _check_rows(config, shard)
     index, count = shard
+    if config.rows % count:
+        raise ValueError(f"data.rows={config.rows} is not divisible by the {count} processes that train together")
     encoder = make_encoder(config, processor)
     tile_size = processor.vision_config.image_size if processor.vision_config else 0
     streams = {
@@ -66,15 +67,11 @@ def make_batches(
     )
 
 
-def make_eval_batches(
-    config: DataConfig, processor: Processor, seed: int, directory: Path, *, shard: tuple[int, int] = (0, 1)
-) -> list[PackedBatches]:
+def make_eval_batches(config: DataConfig, processor: Processor, seed: int, directory: Path) -> list[PackedBatches]:
     """Returns, for each source, the batches of one pass over it, in order; the same documents every time.
 
     The arguments are those of `make_batches`.
     """
-    _check_rows(config, shard)
-    index, count = shard
     tile_size = processor.vision_config.image_size if processor.vision_config else 0
     streams = {}
     for name, source in config.sources.items():
@@ -85,14 +82,9 @@ def make_eval_batches(
 
     def one_source(chosen: str) -> PackedBatches:
         alone = {name: replace(stream, weight=float(name == chosen)) for name, stream in streams.items()}
-        return PackedBatches(alone, make_encoder(config, processor), rows=config.rows // count, shard=(index, count))
+        return PackedBatches(alone, make_encoder(config, processor), rows=config.rows)
 
     return [one_source(name) for name in streams]
-
-
-def _check_rows(config: DataConfig, shard: tuple[int, int]) -> None:
-    if config.rows % shard[1]:
-        raise ValueError(f"data.rows={config.rows} is not divisible by the {shard[1]} processes that train together")
 
 
 def make_documents(source: SourceConfig, tile_size: int, seed: int) -> Made | None:

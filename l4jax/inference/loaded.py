@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int
 
 from l4jax.checkpoint import load as checkpoint
@@ -24,7 +24,7 @@ from l4jax.inference.engine import Engine
 from l4jax.inference.generate import Event, Generation, Prompt, collect, stream
 from l4jax.inference.options import CHAT_TOKENS, DEFAULT_MAX_LEN, DTYPES, SamplingOptions
 from l4jax.model.llama4 import Llama4
-from l4jax.model.params import abstract_model, flat_params, param_shardings, with_params
+from l4jax.model.params import abstract_model, flat_params, placed_params, with_params
 from l4jax.model.quant import quantize_model
 from l4jax.processing.chat import Message, Processor
 from l4jax.processing.image import ImageSource
@@ -220,7 +220,7 @@ def load(
     if isinstance(source, Source) and source.quantize is not None:
         abstract = quantize_model(abstract, source.quantize)
     with use_rules(SERVING):
-        wanted = sharded_params(abstract, mesh)
+        wanted = placed_params(abstract, mesh)
     check_memory(str(model), wanted, mesh)
     if isinstance(source, Llama4Config):
         warnings.warn(f"{model} is a preset: its weights are random, and so are its words", stacklevel=2)
@@ -253,15 +253,6 @@ def auto_mesh(config: Llama4Config) -> Mesh:
     if config.vision_config is not None:
         heads.append(config.vision_config.num_attention_heads)
     return make_mesh(tensor=math.gcd(len(jax.devices()), *heads))
-
-
-def sharded_params(abstract: Llama4, mesh: Mesh) -> dict[str, checkpoint.Leaf]:
-    """Returns shape, dtype and place of every parameter, under its dotted path."""
-
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(placed, flat_params(abstract), param_shardings(abstract, mesh))
 
 
 def random_params(config: Llama4Config, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -33,6 +33,16 @@ def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> dict[str, N
     return shardings
 
 
+def placed_params(model: Llama4, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape, dtype and place of every parameter of an abstract model, under its dotted path; of a quantised one
+    those of both its arrays."""
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, flat_params(model), param_shardings(model, mesh))
+
+
 def with_params(model: Llama4, params: Mapping[str, jax.Array]) -> Llama4:
     """Returns `model`, which may be abstract, with the parameters given; every one of them, and no other.
 

@@ -7,7 +7,7 @@ numbers divided by what the chip's maker publishes; nothing was timed.
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +20,39 @@ GIB = 1 << 30
 SHOWN_MESHES = 12
 
 
+JOB = {
+    "mode": "train",
+    "batch": 1,
+    "length": 8192,
+    "dtype": "bfloat16",
+    "piece": 2048,
+    "remat": "full",
+    "microbatches": 1,
+    "first_moment": "float32",
+    "offload_optimizer": False,
+}
+"""What describes a job on the command line, and what it is unless said; the file of a run says it all."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, nargs="?", help="YAML file of a training run, in place of what follows")
-    parser.add_argument("-m", "--model", help="preset or checkpoint directory")
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="YAML file of a training run, in place of --model and a job"
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="over the file's: data.rows=64")
     parser.add_argument("--topology", required=True, help="chip and sides of the slice: v5p:4x4x4, v5e:4x4, v6e:4x4")
     parser.add_argument("--slices", type=int, default=1, help="slices, joined by the data axis (default: 1)")
     parser.add_argument("--mesh", default="", help="sizes of the mesh axes: fsdp=4,expert=16; the rest is 1")
-    parser.add_argument("--mode", choices=("train", "prefill", "decode"), default="train", help="default: train")
-    parser.add_argument("--batch", type=int, default=1, help="rows of a step (default: 1)")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a row, or of the context (default: 8192)")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32", "int8", "int4", "fp8"), help="default: bfloat16"
-    )
-    parser.add_argument("--piece", type=int, default=2048, help="tokens that a prefill reads at once (default: 2048)")
-    parser.add_argument("--remat", default="full", help="what training keeps: full, none, attention, dots")
-    parser.add_argument("--microbatches", type=int, default=1, help="parts of a training batch (default: 1)")
-    parser.add_argument(
-        "--first-moment", default="float32", choices=("float32", "bfloat16"), help="dtype of Adam's first moment"
-    )
-    parser.add_argument("--offload-optimizer", action="store_true", help="moments in the memory of the host")
+    parser.add_argument("-m", "--model", help="preset or checkpoint directory")
+    job = parser.add_argument_group("the job, without a file")
+    job.add_argument("--mode", choices=("train", "prefill", "decode"), help=f"default: {JOB['mode']}")
+    job.add_argument("--batch", type=int, help=f"rows of a step (default: {JOB['batch']})")
+    job.add_argument("--length", type=int, help=f"tokens of a row, or of the context (default: {JOB['length']})")
+    job.add_argument("--dtype", choices=("bfloat16", "float32", "int8", "int4", "fp8"), help=f"default: {JOB['dtype']}")
+    job.add_argument("--piece", type=int, help=f"tokens that a prefill reads at once (default: {JOB['piece']})")
+    job.add_argument("--remat", help="what training keeps: full (default), none, attention, dots")
+    job.add_argument("--microbatches", type=int, help=f"parts of a training batch (default: {JOB['microbatches']})")
+    job.add_argument("--first-moment", choices=("float32", "bfloat16"), help="dtype of Adam's first moment")
+    job.add_argument("--offload-optimizer", action="store_true", default=None, help="moments in the memory of the host")
     parser.add_argument("--sweep", action="store_true", help="all meshes by arithmetic, then the best one compiled")
     parser.add_argument("--no-compile", action="store_true", help="arithmetic alone; needs no libtpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -53,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from l4jax.chips import CHIPS
     from l4jax.sharding import parse_sizes
 
-    job, chip_name = make_job(args), args.topology.partition(":")[0]
+    (job, mesh), chip_name = make_job(args), args.topology.partition(":")[0]
     if chip_name not in CHIPS:
         raise ValueError(f"unknown chip {chip_name!r} in {args.topology!r}; chips are {', '.join(CHIPS)}")
     chip = CHIPS[chip_name]
@@ -63,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
         write_page(args.html, args.model or args.config.stem, job.config.text_config)
     num_devices = count_devices(args.topology) * args.slices
-    sizes = parse_sizes(args.mesh or run_mesh(args))
+    sizes = parse_sizes(mesh)
     if args.sweep:
         sizes = show_sweep(job, chip, num_devices, quiet=args.json)
     elif math.prod(sizes.values()) != num_devices:
         raise ValueError(
-            f"mesh {args.mesh or 'of one device'} has {math.prod(sizes.values())} devices, {args.topology}"
+            f"mesh {mesh or 'of one device'} has {math.prod(sizes.values())} devices, {args.topology}"
             f"{f' x {args.slices}' if args.slices > 1 else ''} has {num_devices}; make the axes multiply to that, or "
             "use --sweep"
         )
@@ -83,51 +97,61 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def make_job(args: argparse.Namespace) -> "Job":
-    """Returns what the command line asks for.
+def make_job(args: argparse.Namespace) -> tuple["Job", str]:
+    """Returns what the command line asks for, and its mesh.
 
     Raises:
-        ValueError: a number is impossible, or the model takes no such length.
+        ValueError: a number is impossible, the model takes no such length, or a file and flags say the same.
     """
     from l4jax.config import PRESETS, load_config, preset
     from l4jax.plan.arithmetic import Job
 
     if (args.config is None) == (args.model is None):
         raise ValueError("give either a YAML file of a run or --model")
+    given = {name: value for name in JOB if (value := getattr(args, name)) is not None}
     if args.config is not None:
-        return job_of_run(args.config)
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{flag} is said by {args.config}; change it by a setting: data.rows=64")
+        return job_of_run(args.config, args.settings, args.mesh)
+    job = JOB | given
     config = preset(args.model) if args.model in PRESETS or not Path(args.model).is_dir() else load_config(args.model)
-    for name in ("batch", "length", "piece", "microbatches", "slices"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    limit = config.text_config.max_position_embeddings
-    if args.length > limit:
-        raise ValueError(f"--length {args.length:,} is beyond the model's {limit:,} positions")
-    if args.mode == "train" and args.dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"--dtype {args.dtype} is for serving; training computes in bfloat16 or float32")
-    if args.mode != "train" and args.dtype == "float32":
+    for name, value in (("slices", args.slices), *((n, job[n]) for n in ("batch", "length", "piece", "microbatches"))):
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    limit, training = config.text_config.max_position_embeddings, job["mode"] == "train"
+    if job["length"] > limit:
+        raise ValueError(f"--length {job['length']:,} is beyond the model's {limit:,} positions")
+    if training and job["dtype"] not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {job['dtype']} is for serving; training computes in bfloat16 or float32")
+    if not training and job["dtype"] == "float32":
         raise ValueError("--dtype float32 is for training; serving takes bfloat16, int8, int4 or fp8")
-    return Job(
-        config=config,
-        mode=args.mode,
-        batch=args.batch,
-        length=args.length,
-        dtype=args.dtype,
-        piece=min(args.piece, args.length),
-        remat=args.remat,
-        microbatches=args.microbatches,
-        first_moment_dtype=args.first_moment,
-        offload_optimizer=args.offload_optimizer,
-    )
+    first_moment_dtype = job.pop("first_moment")
+    job["piece"] = min(job["piece"], job["length"])
+    return Job(config=config, first_moment_dtype=first_moment_dtype, **job), args.mesh
 
 
-def job_of_run(path: Path) -> "Job":
-    """Returns the step of the run that a file describes."""
+def job_of_run(path: Path, settings: Sequence[str] = (), mesh: str = "") -> tuple["Job", str]:
+    """Returns the step of the run that a file describes, and its mesh unless another is given.
+
+    Raises:
+        ValueError: it is another step than that of all parameters by AdamW on next tokens, which is what is planned.
+    """
     from l4jax.plan.arithmetic import Job
     from l4jax.train.config import load_run_config
 
-    run = load_run_config(path)
-    return Job(
+    run = load_run_config(path, settings)
+    others = {
+        "distill": run.distill,
+        "contrastive": run.contrastive,
+        "trainable": run.trainable,
+        "optimizer.ema_decay": run.optimizer.ema_decay,
+        "optimizer.name": run.optimizer.name != "adamw",
+        "parallel.low_precision": run.parallel.low_precision != "none",
+    }
+    if asked := [key for key, value in others.items() if value]:
+        raise ValueError(f"{path} sets {asked[0]}, which plan does not know; it plans AdamW on next tokens")
+    job = Job(
         config=run.model,
         mode="train",
         batch=run.data.rows,
@@ -139,13 +163,7 @@ def job_of_run(path: Path) -> "Job":
         offload_optimizer=run.parallel.offload_optimizer,
         row_tiles=run.data.row_tiles,
     )
-
-
-def run_mesh(args: argparse.Namespace) -> str:
-    """Returns the mesh that a run's file asks for; none without a file."""
-    from l4jax.train.config import load_run_config
-
-    return "" if args.config is None else load_run_config(args.config).parallel.mesh
+    return job, mesh or run.parallel.mesh
 
 
 def count_devices(topology: str) -> int:

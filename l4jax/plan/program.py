@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from l4jax.chips import DCN_BANDWIDTH, Chip
 from l4jax.inference.engine import Engine
-from l4jax.model.params import flat_params, param_shardings, with_params
+from l4jax.model.params import placed_params, with_params
 from l4jax.ops.experts import EXCHANGE, ROOM
 from l4jax.plan.arithmetic import Bound, Job, job_model
 from l4jax.plan.hlo import Cost, Program
@@ -142,7 +142,7 @@ def _training(job: Job, mesh: Mesh):
 
 def _serving(job: Job, mesh: Mesh):
     model = job_model(job.config, job.mode, job.dtype)
-    model = with_params(model, _placed(flat_params(model), param_shardings(model, mesh)))
+    model = with_params(model, placed_params(model, mesh))
     engine = Engine(model, max_len=job.length, mesh=mesh)
     rows = job.batch if job.mode == "decode" else 1
     cache = model.abstract_cache(rows, job.length, mesh)

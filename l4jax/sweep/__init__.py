@@ -10,9 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,18 +108,3 @@ def start(directory: Path, cores: set[int]) -> subprocess.Popen:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     os.sched_setaffinity(process.pid, cores)  # before it counts them
     return process
-
-
-def lookup(values: Mapping[str, Any], path: str) -> float:
-    """Returns the number at a dotted path.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found: Any = values
-    for name in path.split("."):
-        if not isinstance(found, Mapping) or name not in found:
-            known = ", ".join(found) if isinstance(found, Mapping) else "nothing"
-            raise ValueError(f"metrics: {path} is not among the results; at {name!r} there is {known}")
-        found = found[name]
-    return float(found)

@@ -1,15 +1,15 @@
 """What a sweep is: one run and how it is varied, read from a YAML file; and what is expected of the results."""
 
-import dataclasses
+import copy
 import itertools
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from l4jax.settings import override, read_settings
+from l4jax.settings import build, override, read_settings
 from l4jax.train.config import RunConfig, run_config_from_dict
 
 STATISTICS = {"min": min, "max": max, "mean": statistics.mean, "median": statistics.median}
@@ -69,25 +69,43 @@ class Expectation:
         return (came >= wanted) if parts["sign"] == ">=" else (came <= wanted), came, wanted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """A run, its arms, the grid and the seeds; every combination is trained."""
 
-    run: Mapping[str, Any]
+    run: dict[str, Any]
     """As in the file of a run."""
-    metrics: Mapping[str, str]
+    metrics: dict[str, str]
     """Name -> where a number stands: `EVALUATION.exact`, `EVALUATION.by_source.NAME.loss` of the last evaluation, or
     `metrics.load_imbalance` of the last line of metrics. The first decides what is best."""
-    goal: str = "max"
-    """Whether the best value is the max or the min."""
-    arms: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=lambda: {"run": ()})
+    goal: Literal["max", "min"] = "max"
+    """Which value is the best."""
+    arms: dict[str, list[str]] = field(default_factory=lambda: {"run": []})
     """Name -> `key=value` words. `{ARM}` in a word is the directory of an earlier arm's run with the same seed."""
-    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     """Key -> values."""
-    seeds: Sequence[int] = (0,)
-    expect: Sequence[Expectation] = ()
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Of the runs."""
+    expect: list[str] = field(default_factory=list)
+    """What the results must show, each arm at its best place in the grid: `Expectation`."""
     transfer: str | None = None
     """Preset or checkpoint to which MetaP carries the best learning rate; the grid has learning rates alone."""
+
+    def __post_init__(self):
+        for name in ("metrics", "arms", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} names nothing; a sweep has at least one of them")
+        if self.transfer is not None and list(self.grid) != [LEARNING_RATE]:
+            raise ValueError(f"transfer is for a grid of {LEARNING_RATE} alone")
+        self.expectations()
+
+    def expectations(self) -> list[Expectation]:
+        """Returns what is expected, read.
+
+        Raises:
+            ValueError: a line does not read like one.
+        """
+        return [Expectation.parse(text, list(self.arms), list(self.metrics)) for text in self.expect]
 
     def variants(self) -> Iterator[Variant]:
         """Yields what is trained with each seed, in order."""
@@ -106,17 +124,13 @@ class SweepConfig:
             place = str(run_directory(directory, Variant(arm, ()), seed))
             words = [word.replace(f"{{{arm}}}", place) for word in words]
         words += [f"{key}={value}" for key, value in variant.point]
-        content = _copied(self.run)
+        content = copy.deepcopy(self.run)
         override(content, [*words, f"seed={seed}"])
         return run_config_from_dict(content)
 
 
 def run_directory(directory: Path, variant: Variant, seed: int) -> Path:
     return directory / f"{variant.name},seed={seed}"
-
-
-def _copied(content: Any) -> Any:
-    return {key: _copied(value) for key, value in content.items()} if isinstance(content, Mapping) else content
 
 
 def load_sweep(path: Path, words: Sequence[str] = ()) -> SweepConfig:
@@ -126,24 +140,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> SweepConfig:
         FileNotFoundError: there is no such file.
         ValueError: something in it is wrong; every run was looked at.
     """
-    content = read_settings(path, words)
-    known = {field.name: field for field in dataclasses.fields(SweepConfig)}
-    if unknown := sorted(set(content) - set(known)):
-        raise ValueError(f"{path}: unknown key {unknown[0]}; a sweep has {', '.join(known)}")
-    if missing := sorted({"run", "metrics"} - set(content)):
-        raise ValueError(f"{path}: missing key {', '.join(missing)}; {SweepConfig.__doc__}")
-    kinds = {"run": dict, "metrics": dict, "goal": str, "arms": dict, "grid": dict, "seeds": list, "expect": list}
-    kinds["transfer"] = str
-    for key, value in content.items():
-        if not isinstance(value, kinds[key]) or not value:
-            raise ValueError(f"{path}: {key}={value!r} must be a {kinds[key].__name__} with something in it")
-    if content.get("goal", "max") not in ("max", "min"):
-        raise ValueError(f"{path}: goal={content['goal']!r} must be max or min")
-    if "transfer" in content and list(content.get("grid", ())) != [LEARNING_RATE]:
-        raise ValueError(f"{path}: transfer is for a grid of {LEARNING_RATE} alone")
-    arms = {name: words or () for name, words in content.get("arms", {"run": ()}).items()}
-    expect = [Expectation.parse(text, list(arms), list(content["metrics"])) for text in content.get("expect", ())]
-    sweep = SweepConfig(**{**content, "arms": arms, "expect": expect})
+    sweep = build(SweepConfig, read_settings(path, words))
     for variant in sweep.variants():
         sweep.settings(variant, sweep.seeds[0], path.parent)
     return sweep

@@ -1,7 +1,7 @@
 """What came out of a sweep: numbers by variant and seed, as a table, a page and a verdict."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from rich.table import Table
 
 from l4jax import report
 from l4jax.config import PRESETS, load_config, preset
-from l4jax.sweep import lookup
 from l4jax.sweep.config import LEARNING_RATE, SweepConfig, Variant, run_directory
 from l4jax.train.config import RunConfig
 from l4jax.train.metap import transferred
@@ -63,6 +62,21 @@ def collect(sweep: SweepConfig, out: Path) -> Results:
     return Results(values)
 
 
+def lookup(values: Mapping[str, Any], path: str) -> float:
+    """Returns the number at a dotted path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: Any = values
+    for name in path.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            known = ", ".join(found) if isinstance(found, Mapping) else "nothing"
+            raise ValueError(f"metrics: {path} is not among the results; at {name!r} there is {known}")
+        found = found[name]
+    return float(found)
+
+
 def show(sweep: SweepConfig, results: Results, console: Console) -> bool:
     """Prints all numbers, and whether what was expected came."""
     for metric, by_variant in results.values.items():
@@ -73,7 +87,7 @@ def show(sweep: SweepConfig, results: Results, console: Console) -> bool:
             table.add_row(variant.name + mark, *(f"{number:.3f}" for number in numbers))
         console.print(table)
     met = True
-    for expectation in sweep.expect:
+    for expectation in sweep.expectations():
         holds, came, wanted = expectation.check(results.of_best(sweep))
         met &= holds
         console.print(f"{'holds' if holds else 'FAILS'}: {expectation.text} ({came:.3f}, {wanted:.3f})")
@@ -134,7 +148,7 @@ def write_page(path: Path, title: str, sweep: SweepConfig, results: Results) -> 
                     figures.append(report.curve(list(np.log2(xs)), ys, f"{arm}: mean {metric} by log2 of {key}"))
         content = report.charts(*figures), report.table(header, rows)
         sections.append(report.section(metric, sweep.metrics[metric], *content))
-    verdicts = [(e.text, e.check(results.of_best(sweep))) for e in sweep.expect]
+    verdicts = [(e.text, e.check(results.of_best(sweep))) for e in sweep.expectations()]
     numbers = [("holds" if holds else "fails", f"{text} ({came:.3f})") for text, (holds, came, _) in verdicts]
     subtitle = f"{len(sweep.arms)} arms, {len(sweep.seeds)} seeds"
     report.write_report(path, title=title, subtitle=subtitle, numbers=numbers, sections=sections)

@@ -207,6 +207,8 @@ class RunConfig:
             raise ValueError("distill and contrastive are two objectives; a run has one")
         if self.contrastive and self.parallel.microbatches > 1:
             raise ValueError("parallel.microbatches must be 1: contrastive pairs find their opposites in one batch")
+        if self.contrastive and (self.metap or self.parallel.low_precision != "none"):
+            raise ValueError("metap and parallel.low_precision are for the text decoder, which contrastive throws away")
         if self.contrastive and self.model.vision_config is None:
             raise ValueError("model.vision_config is missing; contrastive trains the vision tower")
 

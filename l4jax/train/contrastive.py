@@ -18,7 +18,7 @@ from l4jax.config import Llama4Config
 from l4jax.model.linear import Linear, constant
 from l4jax.model.llama4 import Llama4
 from l4jax.train.config import ContrastiveConfig, ParallelConfig
-from l4jax.train.objective import Rows
+from l4jax.train.objective import Rows, computing_model
 
 INITIAL_SCALE = 1 / 0.07
 
@@ -102,7 +102,7 @@ class Contrastive:
         self.graphdef, self.parallel, self.num_sources = graphdef, parallel, num_sources
 
     def __call__(self, params, rows: Rows, fixed, router_bias, step):
-        model = nnx.merge(self.graphdef, jax.tree.map(lambda p: p.astype(self.parallel.compute_dtype), params))
+        model = computing_model(self.graphdef, params, self.parallel)
         pairs = model(rows, self.parallel.remat)
         losses_N, found_N = info_nce(pairs, model.scale())
         num_pairs = pairs.valid_N.sum(dtype=jnp.float32)

@@ -23,10 +23,10 @@ class RunData:
         """Returns endless batches; `shard` is the number of this process and of all that train together."""
         return make_batches(self._config.data, self.processor, self._config.seed, self._directory, shard=shard)
 
-    def evaluation_batches(self, name: str, shard: tuple[int, int] = (0, 1)) -> list[PackedBatches]:
+    def evaluation_batches(self, name: str) -> list[PackedBatches]:
         """Returns the batches of one of `config.evaluate`, source by source; they end."""
         data = self._config.evaluation_data(name)
-        return make_eval_batches(data, self.processor, self._config.seed, self._directory, shard=shard)
+        return make_eval_batches(data, self.processor, self._config.seed, self._directory)
 
     def eval_scenes(self) -> list[tuple[Image.Image, str]]:
         """Returns scenes of digits that training never saw: pictures as this run shows them, and their digits."""

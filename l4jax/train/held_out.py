@@ -1,5 +1,6 @@
 """Evaluation on held-out documents: loss, accuracy, and how many documents are right from the first token to the last.
 
+It computes as training does, in few bits too, but without the balancing bias: the model that comes out has none.
 Greedy decoding would say exactly these tokens, so a document counts as right when each of its tokens that count is the
 likeliest after the true ones before it. Nothing has to be generated, and packed rows do.
 """
@@ -15,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from l4jax.config import Llama4Config
 from l4jax.model.llama4 import Llama4
-from l4jax.sharding import place
+from l4jax.model.params import abstract_model
+from l4jax.sharding import batch_part, place
 from l4jax.train.config import EvaluateConfig, ParallelConfig
 from l4jax.train.loss import head_losses
-from l4jax.train.objective import sum_by
+from l4jax.train.objective import computing_model, sum_by
 from l4jax.train.step import BATCH_AXES, Batch, count_targets
 
 POSITION_BUCKETS = 24
@@ -39,52 +41,59 @@ class Evaluation:
         wanted: EvaluateConfig,
         batches: Sequence[grain.IterDataset],
         parallel: ParallelConfig,
-        source_names: Sequence[str],
-        parts: int = 1,
+        mesh: Mesh,
+        rows: int,
     ):
         """Describes the evaluation.
 
         Args:
             config: of the model.
             wanted: what to evaluate.
-            batches: finite ones, of each source; the part of this process.
+            batches: finite ones, of each source; the same in every process, so that all take part in every step.
             parallel: precision of computation.
-            source_names: in the order of `source_ids`.
-            parts: processes that read different rows.
+            mesh: devices to compute on.
+            rows: of a batch.
         """
-        self.every, self._max_batches, self._batches, self._parts = wanted.every, wanted.max_batches, batches, parts
-        self._source_names = list(source_names)
+        self.every, self._max_batches, self._batches = wanted.every, wanted.max_batches, batches
+        self._mesh, self._part = mesh, batch_part(mesh, rows)
+        self._source_names = list(wanted.sources)
         if wanted.attn_scale is not None:
             text = dataclasses.replace(config.text_config, attn_scale=wanted.attn_scale)
             config = dataclasses.replace(config, text_config=text)
         # Structure alone: the same parameters, at another temperature.
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama4(config, rngs=nnx.Rngs(0))))
+        graphdef = nnx.graphdef(abstract_model(config, dtype=jnp.dtype(parallel.compute_dtype)))
 
         def sums(params: dict[str, Any], batch: Batch):
-            model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(parallel.compute_dtype), params))
-            return _sums(model, batch, len(self._source_names))
+            return _sums(computing_model(graphdef, params, parallel), batch, len(self._source_names))
 
-        self._sums = jax.jit(sums)
+        everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process can read the numbers
+        self._sums = jax.jit(sums, out_shardings=everywhere)
 
     def is_due(self, step: int, last: int) -> bool:
         """Whether to evaluate after a step."""
         return step == last or (self.every > 0 and step % self.every == 0)
 
-    def run(self, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-        """Returns `loss`, `accuracy` (of tokens), `exact` (of documents), each also `by_source`; and the loss by
-        position.
-
-        Without the balancing bias: the model that comes out has none.
-        """
+    def run(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns `loss`, `accuracy` (of tokens) and `exact` (of documents), each also `by_source`; the loss by
+        position."""
         total = None
         for of_source in self._batches:
             with contextlib.closing(iter(of_source)) as batches:
                 for batch in itertools.islice(batches, self._max_batches or None):
-                    found = jax.device_get(self._sums(params, place(batch, mesh, BATCH_AXES, self._parts)))
+                    found = jax.device_get(self._sums(params, self._place(batch)))
                     total = found if total is None else jax.tree.map(np.add, total, found)
         if total is None:
             raise ValueError("an evaluation has no document; check its sources under evaluate")
         return self._summary(total)
+
+    def _place(self, batch: dict[str, np.ndarray | None]) -> Batch:
+        """Hands over this process's part of the rows."""
+        index, count = self._part
+
+        def part(rows: np.ndarray | None) -> np.ndarray | None:
+            return None if rows is None else np.split(rows, count)[index]
+
+        return place({name: part(rows) for name, rows in batch.items()}, self._mesh, BATCH_AXES, count)
 
     def _summary(self, total: dict[str, np.ndarray]) -> dict[str, Any]:
         def ratio(name: str, over: str, at=slice(None)) -> float:

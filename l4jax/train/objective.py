@@ -53,7 +53,7 @@ class NextToken:
         self.graphdef, self.parallel, self.router, self.num_sources = graphdef, parallel, router, num_sources
 
     def __call__(self, params, rows: Rows, fixed, router_bias, step):
-        model = self.merge(params)
+        model = computing_model(self.graphdef, params, self.parallel)
         hidden_BTD, routing = self.hidden(model, rows, router_bias)
         loss, numbers = self.token_loss(model, hidden_BTD, rows, fixed, step)
         if routing is not None:
@@ -64,12 +64,6 @@ class NextToken:
                 loss += self.router.z_loss * z_loss(routing) * share
             numbers["router_load"] = routing.load
         return loss, numbers
-
-    def merge(self, params: dict[str, Any]) -> Llama4:
-        """Returns the model in the precision of computation."""
-        model = nnx.merge(self.graphdef, jax.tree.map(lambda p: p.astype(self.parallel.compute_dtype), params))
-        kind = self.parallel.low_precision
-        return model if kind == "none" else train_in_low_precision(model, kind)
 
     def hidden(self, model: Llama4, rows: Rows, router_bias):
         """Returns what the head multiplies, and what the routers did."""
@@ -96,6 +90,12 @@ class NextToken:
         num_buckets = 2 * self.num_sources
         sums = {name: sum_by(values, rows["counts"], bucket_BT, num_buckets) for name, values in values_BT.items()}
         return {"buckets": sums}
+
+
+def computing_model(graphdef: nnx.GraphDef, params: dict[str, Any], parallel: ParallelConfig) -> nnx.Module:
+    """Returns what trains in the precision in which a run computes."""
+    model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(parallel.compute_dtype), params))
+    return model if parallel.low_precision == "none" else train_in_low_precision(model, parallel.low_precision)
 
 
 def sum_by(

@@ -76,6 +76,11 @@ Make = Callable[[nnx.Rngs], nnx.Module]
 """Makes a new module with float32 parameters."""
 
 
+def abstract_module(make: Make) -> nnx.Module:
+    """Returns the module as shapes; nothing is allocated."""
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
 def init_state(
     make: Make,
     config: Llama4Config,
@@ -94,8 +99,7 @@ def init_state(
         params = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed))))
         return new_state(config, optimizer, params, trainable=trainable, ema=shardings.ema is not None)
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    return graphdef, jax.jit(create, out_shardings=shardings)()
+    return nnx.graphdef(abstract_module(make)), jax.jit(create, out_shardings=shardings)()
 
 
 def new_state(

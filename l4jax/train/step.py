@@ -35,7 +35,6 @@ GROUPS = {
 }
 """Parameters by the start of their path, the first match counts: for the norms of gradients and updates."""
 
-
 CORNER = 32  # numbers along each axis
 
 
@@ -127,7 +126,6 @@ def make_train_step(
         numbers |= {
             "loss_now": loss,
             "finite": finite,
-            "answer_tokens": num_tokens,
             "all_tokens": (batch["segment_ids"] > 0).sum(),
             "grad_norm": grad_norm,
             "grad_norms": grad_norms,

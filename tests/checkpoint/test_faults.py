@@ -222,33 +222,23 @@ def test_too_little_space_is_told_before_anything_is_written(hf, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A disk of 600 kB; skipped where tests may not mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 @pytest.mark.parametrize("to", ["l4jax", "hf"])
-def test_a_disk_that_fills_up_leaves_nothing_finished(hf, tiny_disk, monkeypatch, to):
+def test_a_disk_that_fills_up_leaves_nothing_finished(hf, mount, monkeypatch, to):
+    disk = mount("size=600k")
     monkeypatch.setattr(convert, "check_space", lambda *_: None)  # somebody else took the room in between
     with pytest.raises(OSError, match="No space left on device") as raised:
-        convert.convert(hf, tiny_disk / "result", to=to)
+        convert.convert(hf, disk / "result", to=to)
     assert "\n" not in str(raised.value)
-    assert not (tiny_disk / "result").exists()
-    subprocess.run(["mount", "-o", "remount,size=8m", tiny_disk], check=True)
-    assert open_checkpoint(convert.convert(hf, tiny_disk / "result", to=to)).arrays
+    assert not (disk / "result").exists()
+    mount("size=8m")
+    assert open_checkpoint(convert.convert(hf, disk / "result", to=to)).arrays
 
 
-def test_a_read_only_disk_is_named(hf, tiny_disk):
-    subprocess.run(["mount", "-o", "remount,ro,size=64m", tiny_disk], check=True)
+def test_a_read_only_disk_is_named(hf, mount):
+    mount("size=600k")
+    disk = mount("ro,size=64m")
     with pytest.raises(OSError, match=r"Read-only file system: .*result\.partial"):
-        convert.convert(hf, tiny_disk / "result")
+        convert.convert(hf, disk / "result")
 
 
 KILLS = """

@@ -94,9 +94,9 @@ def test_a_grid_has_every_combination_and_the_best_of_each_arm(path, finished, t
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("steps=3", "unknown key steps; a sweep has run, metrics"),
-        ("goal=most", "goal='most' must be max or min"),
-        ("arms={}", "arms={} must be a dict with something in it"),
+        ("steps=3", "unknown key steps; did you mean"),
+        ("goal=most", "goal='most' must be one of max, min"),
+        ("arms={}", "arms names nothing"),
         ("expect=[first is better]", "does not read like `min exact of sees >= 0.85`"),
         ("expect=[min exact of third >= 1]", "names 'third', there is first, second"),
         ("run.optimizer.learning_rat=1", "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate?"),

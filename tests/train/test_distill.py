@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from l4jax.ops import head as head_module
+from l4jax.sharding import TRAINING, make_mesh, use_rules
 from l4jax.train.config import DistillConfig, ParallelConfig, RouterConfig
 from l4jax.train.distill import Distill, divergence, soft_targets, soft_weight
 from l4jax.train.objective import NextToken
@@ -101,3 +102,12 @@ def test_blocks_of_logits_change_nothing(pair, monkeypatch):
     np.testing.assert_allclose(whole, blocks, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), numbers, block_numbers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads, block_grads)
+
+
+def test_on_a_mesh_it_is_the_same(pair):
+    (whole, numbers), grads = loss_of(pair, top_k=8)
+    with jax.set_mesh(make_mesh(fsdp=2)), use_rules(TRAINING):
+        (together, mesh_numbers), mesh_grads = loss_of(pair, top_k=8)
+    np.testing.assert_allclose(whole, together, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), numbers, mesh_numbers)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), grads, mesh_grads)

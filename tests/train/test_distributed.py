@@ -34,6 +34,7 @@ SETTINGS = [
     *("optimizer.warmup_steps=2", "model.text_config.hidden_size=64", "model.text_config.num_hidden_layers=1"),
     *("model.text_config.no_rope_layers=[1]", "model.text_config.num_local_experts=2"),
     *("model.vision_config.num_hidden_layers=1", "model.vision_config.hidden_size=48"),
+    "evaluate={held_out: {max_batches: 2, sources: {captions: {captions: {part: held_out}}}}}",
 ]
 
 
@@ -118,6 +119,9 @@ def test_two_processes_train_stop_and_go_on_as_one(tmp_path):
     together, alone = (read_metrics(path / "metrics.jsonl") for path in (out, tmp_path / "one"))
     assert [line["step"] for line in together] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([line["loss"] for line in together], [line["loss"] for line in alone], rtol=2e-4)
+    evaluated, expected = (read_metrics(path / "evaluations.jsonl")[-1] for path in (out, tmp_path / "one"))
+    assert evaluated["held_out"]["documents"] == expected["held_out"]["documents"] > 0
+    assert evaluated["held_out"]["loss"] == pytest.approx(expected["held_out"]["loss"], rel=1e-3)
     assert [line["router_load"] for line in together[:5]] == [line["router_load"] for line in alone[:5]]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from l4jax.data.config import SourceConfig
 from l4jax.model.llama4 import Llama4
 from l4jax.sharding import make_mesh
 from l4jax.train.config import EvaluateConfig, ParallelConfig
@@ -20,10 +21,10 @@ def params():
 
 
 def evaluate(params, batches, **settings):
-    wanted = EvaluateConfig(sources={}, **settings)
-    evaluation = Evaluation(CONFIG, wanted, [Batches(batches)], ParallelConfig(), ["first", "second"])
-    with jax.set_mesh(make_mesh()):
-        return evaluation.run(params, make_mesh())
+    sources = dict.fromkeys(["first", "second"], SourceConfig(path="unread"))
+    wanted, mesh = EvaluateConfig(sources=sources, **settings), make_mesh()
+    with jax.set_mesh(mesh):
+        return Evaluation(CONFIG, wanted, [Batches(batches)], ParallelConfig(), mesh, rows=2).run(params)
 
 
 class Batches(list):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import jax
@@ -235,27 +234,16 @@ def test_a_run_goes_on_with_another_mixture_but_not_with_other_files(data, tmp_p
     assert run(mixed("data.sources.texts.weight=5", "data.skip_malformed=true", new), run_dir, resume="must").steps == 8
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 MB; skipped where tests may not mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_costs_no_checkpoint(data, whole, small_disk, monkeypatch):
+def test_a_full_disk_costs_no_checkpoint(data, whole, mount, monkeypatch):
+    disk = mount("size=64m")
     with monkeypatch.context() as patch:
         stop_at(patch, 3, signal.SIGTERM)
-        run(data, small_disk / "run")
-    used = shutil.disk_usage(small_disk).used // 1024
-    subprocess.run(["mount", "-o", f"remount,size={used + 64}k", small_disk], check=True)
+        run(data, disk / "run")
+    used = shutil.disk_usage(disk).used // 1024
+    mount(f"size={used + 64}k")
     with pytest.raises(Exception, match=r"No space left on device|RESOURCE_EXHAUSTED") as raised:
-        run(data, small_disk / "run")
+        run(data, disk / "run")
     assert isinstance(raised.value, USER_ERRORS)  # one line, no traceback
-    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    finished = run(data, small_disk / "run", resume="must")
+    mount("size=64m")
+    finished = run(data, disk / "run", resume="must")
     assert_same_state(finished, whole[1])
