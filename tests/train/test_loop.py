@@ -19,6 +19,7 @@ from l4jax.train import loop
 from l4jax.train.config import load_run_config
 from l4jax.train.data import RunData
 from l4jax.train.metrics import read_metrics
+from l4jax.train.run_directory import alone_in
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 TINY = [
@@ -202,7 +203,7 @@ def test_a_loss_that_is_no_number_can_be_skipped(data, tmp_path, monkeypatch):
 
 
 def test_two_runs_in_one_directory_are_refused(data, tmp_path):
-    with loop._alone_in(tmp_path), pytest.raises(ValueError, match="another process trains in"):
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process trains in"):
         run(data, tmp_path)
 
 
