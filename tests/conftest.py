@@ -6,12 +6,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import absl.flags
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
 from tests.disks import mount  # noqa: F401, a fixture
 from tests.oracle import import_torchvision
 
+# Interpreted kernels call back into jax. On two cores, a test that dispatches the next thing meanwhile could take the
+# thread that they wait for, and both would wait for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 absl.flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
 install_import_hook(["l4jax.model", "pallas_kernels"], "beartype.beartype")
 
