@@ -33,6 +33,11 @@ class Pairs(NamedTuple):
     """Which are pairs at all; rows have room for more than there are."""
 
 
+def tokens_of_documents(segment_ids: Int[Array, "B T"], count: int) -> Bool[Array, "B P T"]:
+    """Returns which tokens belong to each of the first `count` documents of a row."""
+    return segment_ids[:, None, :] == jnp.arange(1, count + 1)[:, None]
+
+
 class ContrastiveModel(nnx.Module):
     """Two towers: the vision model and the text decoder of one Llama 4, a head on each, and the scale."""
 
@@ -47,7 +52,7 @@ class ContrastiveModel(nnx.Module):
     def __call__(self, rows: Rows, remat: str = "none") -> Pairs:
         """Returns the pairs of some rows: their first `pairs_per_row` documents that have pictures and text."""
         ids, tiles, segment_ids = rows["ids"], rows["tiles"], rows["segment_ids"]
-        of_pair = segment_ids[:, None, :] == jnp.arange(1, self.settings.pairs_per_row + 1)[:, None]  # [B, P, T]
+        of_pair = tokens_of_documents(segment_ids, self.settings.pairs_per_row)
         features = self.llama.vision_model(tiles.reshape(-1, *tiles.shape[2:]), remat)
         features = features.reshape(tiles.shape[0], -1, features.shape[-1])
         is_patch = ids == self.llama.config.image_token_index
@@ -121,5 +126,5 @@ class Contrastive:
         return losses_N.sum() / jnp.maximum(num_pairs, 1.0), {"buckets": sums}
 
     def _sources(self, rows: Rows, pairs_per_row: int) -> Int[Array, "N"]:
-        of_pair = rows["segment_ids"][:, None, :] == jnp.arange(1, pairs_per_row + 1)[:, None]
+        of_pair = tokens_of_documents(rows["segment_ids"], pairs_per_row)
         return (jnp.where(of_pair, rows["source_ids"][:, None], 0).max(-1) - 1).ravel()
