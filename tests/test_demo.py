@@ -7,7 +7,7 @@ from PIL import Image
 import l4jax
 from l4jax import report
 from l4jax.cli import main
-from l4jax.train.evaluate import ReadingScore
+from l4jax.train.answers import ReadingScore
 from l4jax.train.metrics import read_metrics
 
 DIGITS = "data.sources.scenes.digits"

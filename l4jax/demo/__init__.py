@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from l4jax.inference.loaded import LoadedModel
-    from l4jax.train.evaluate import BatchAnswerer, ReadingScore
+    from l4jax.train.answers import BatchAnswerer, ReadingScore
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 DIGITS = "data.sources.scenes.digits"
@@ -100,7 +100,7 @@ def make_answerer(model: "LoadedModel") -> "BatchAnswerer":
     from flax import nnx
 
     from l4jax.data.scenes import MAX_ANSWER, MAX_TILES
-    from l4jax.train.evaluate import BatchAnswerer
+    from l4jax.train.answers import BatchAnswerer
 
     graphdef, params = nnx.split(model.model)
     return BatchAnswerer(
@@ -115,7 +115,7 @@ def make_answerer(model: "LoadedModel") -> "BatchAnswerer":
 
 
 def reading_score(answers: Sequence[str], scenes: Sequence) -> "ReadingScore":
-    from l4jax.train.evaluate import ReadingScore
+    from l4jax.train.answers import ReadingScore
 
     return ReadingScore.of(answers, [digits for _, digits in scenes])
 

@@ -15,9 +15,9 @@ from l4jax.data.scenes import QUESTIONS, answer, conversation
 from l4jax.inference.loaded import LoadedModel
 from l4jax.model.params import flat_params
 from l4jax.processing.image import tile_boxes
+from l4jax.train.answers import ReadingScore
 from l4jax.train.config import RunConfig, run_config_to_dict
 from l4jax.train.data import digits_settings
-from l4jax.train.evaluate import ReadingScore
 from l4jax.train.metrics import read_metrics
 
 SHOWN_SCENES, SHOWN_MISTAKES = 24, 8

@@ -29,7 +29,7 @@ from l4jax.model.llama4 import Llama4
 from l4jax.sharding import batch_part, check_mesh, make_mesh, parse_sizes, place
 from l4jax.train.config import RunConfig
 from l4jax.train.data import RunData
-from l4jax.train.held_out import Evaluation
+from l4jax.train.evaluation import Evaluation
 from l4jax.train.optimizer import learning_rate_schedule, make_optimizer
 from l4jax.train.progress import TrainingProgress
 from l4jax.train.run_directory import alone_in, check_settings, outputs, recording, saving_what_broke, write_settings

@@ -9,7 +9,7 @@ from l4jax.data.config import SourceConfig
 from l4jax.model.llama4 import Llama4
 from l4jax.sharding import make_mesh
 from l4jax.train.config import EvaluateConfig, ParallelConfig
-from l4jax.train.held_out import Evaluation
+from l4jax.train.evaluation import Evaluation
 from tests.train.models import _compile_without_optimization, make_rows, split_model, tiny  # noqa: F401, is for every test here
 
 CONFIG = tiny()

@@ -8,8 +8,8 @@ from l4jax.config import Llama4Config
 from l4jax.model.llama4 import Llama4
 from l4jax.processing.chat import Processor
 from l4jax.processing.tokenizer import ByteTokenizer
+from l4jax.train.answers import BatchAnswerer
 from l4jax.train.config import load_run_config
-from l4jax.train.evaluate import BatchAnswerer
 
 TINY = ["model.text_config.hidden_size=64", "model.vision_config.num_hidden_layers=1"]
 
