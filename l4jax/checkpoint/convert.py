@@ -22,7 +22,7 @@ from l4jax.checkpoint import manifest, names, store, zarr
 from l4jax.checkpoint.lazy import Index, LazyArray, boxes, read_into
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.checkpoint.outputs import QUANTIZE, Output, bytes_needed, outputs
-from l4jax.checkpoint.pieces import JOURNAL, WORKERS, Journal, Piece, check_space, progress, work
+from l4jax.checkpoint.pieces import JOURNAL, Journal, Piece, check_space, work
 from l4jax.checkpoint.safetensors import encode_header
 from l4jax.checkpoint.source import Source
 from l4jax.host import keep_freed_memory
@@ -68,7 +68,7 @@ def convert(
     parent = next(folder for folder in (destination.absolute(), *destination.absolute().parents) if folder.is_dir())
     wanted = DTYPES[dtype] if dtype else None
     written = outputs(opened.config, opened.arrays, wanted, quantize)
-    needed = bytes_needed(opened.arrays, written)
+    needed = bytes_needed(written)
     present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     check_space(parent, int(needed * 1.001) + (16 << 20) - present)
 
@@ -106,15 +106,14 @@ def _write_l4jax(source: Source, directory: Path, written: Mapping[str, Output],
     params = directory / "params"
     params.mkdir(exist_ok=True)
     pieces, files, all_targets = [], {}, []
-    for path, array in source.arrays.items():
-        output = written[path]
-        shape, targets = output.create(params, path, array.shape)
+    for path, output in written.items():
+        shape, targets = output.create(params, path)
         all_targets += targets
-        for box in boxes(array.shape, shape):
+        for box in boxes(output.array.shape, shape):
             held = [zarr.piece_file(params, target, shape, box) for target in targets]
 
-            def write(array=array, output=output, targets=targets, box=box, held=held) -> str:
-                for target, (place, values) in zip(targets.values(), output.split(box, array.read(box)), strict=True):
+            def write(output=output, targets=targets, box=box, held=held) -> str:
+                for target, (place, values) in zip(targets.values(), output.read(box), strict=True):
                     zarr.write_box(target, place, values)
                 source.release()
                 return _checksum(held)
@@ -153,20 +152,31 @@ def _write_hf(source: Source, directory: Path, dtype: np.dtype | None, journal: 
         spread = _spread_shape(source, row)
         joined = names.row_shape(row, [names.part_sizes(config, part.path) for part in row.parts])
         infos[row.key] = (dtype or parts[row.key][0].dtype, joined, spread)
-    files, pieces = group_in_files(infos), []
+    files, places, hashes = group_in_files(infos), {}, {}
+    rows = {row.key: row for row in rows}
     for file, keys in files.items():
         head, starts = encode_header({key: infos[key][:2] for key in keys})
         path = directory / file
-        end = len(head) + sum(_size(*infos[key][:2]) for key in keys)
-        if not path.exists() or path.stat().st_size != end:
-            with open(path, "wb") as opened:
-                opened.write(head)
-                opened.truncate(end)
-        rows_here = {row.key: row for row in rows if row.key in set(keys)}
+        path.touch()
+        _write_at(path, 0, memoryview(head))
+        os.truncate(path, len(head) + sum(_size(*infos[key][:2]) for key in keys))
+        hashes[file] = manifest.GrowingHash(path)
+        hashes[file].add(0, len(head))
         for key in keys:
-            pieces += _tensor_pieces(source, path, rows_here[key], parts[key], infos[key], starts[key])
-    work(pieces, journal, "exporting")
-    known = _hash(directory, list(files))
+            for offset, piece in _tensor_pieces(source, path, rows[key], parts[key], infos[key], starts[key]):
+                places[piece] = (hashes[file], offset)
+    # One thread hashes behind those that write.
+    with ThreadPoolExecutor(1) as hasher:
+        hashed = []
+
+        def finished(piece: Piece) -> None:
+            growing, offset = places[piece]
+            hashed.append(hasher.submit(growing.add, offset, piece.size))
+
+        work(list(places), journal, "exporting", finished)
+        for future in hashed:
+            future.result()
+    known = {file: growing.hexdigest() for file, growing in hashes.items()}
     if len(files) > 1:
         weight_map = {key: file for file, keys in files.items() for key in keys}
         total = sum(_size(*info[:2]) for info in infos.values())
@@ -208,8 +218,8 @@ def group_in_files(infos: Mapping[str, tuple]) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}
 
 
-def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, start: int) -> Iterator[Piece]:
-    """Yields the pieces of one tensor: runs of its bytes, each made of one box of each parameter in it."""
+def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, start: int) -> Iterator[tuple[int, Piece]]:
+    """Yields offset and piece: runs of the bytes of one tensor, each made of one box of each parameter in it."""
     dtype, _, spread = info
     piece = zarr.piece_shape(spread, dtype.itemsize)
     for box in boxes(spread, piece):
@@ -233,7 +243,7 @@ def _tensor_pieces(source, path: Path, row: names.Row, arrays, info: tuple, star
                 file.seek(offset)
                 return f"{zlib.crc32(file.read(size)):08x}"
 
-        yield Piece(f"{path.name}@{offset}", size, write, checksum)
+        yield offset, Piece(f"{path.name}@{offset}", size, write, checksum)
 
 
 def _read_tensor_box(array: LazyArray, pattern: str, box: Index, target: np.ndarray) -> None:
@@ -252,19 +262,6 @@ def _write_at(path: Path, offset: int, data: memoryview) -> None:
             data, offset = data[written:], offset + written
     finally:
         os.close(descriptor)
-
-
-def _hash(directory: Path, files: list[str]) -> dict[str, str]:
-    """Returns sha256 of files, several at a time."""
-    with (
-        progress("hashing", sum((directory / file).stat().st_size for file in files)) as advance,
-        ThreadPoolExecutor(WORKERS) as pool,
-    ):
-        found = {}
-        for file, digest in zip(files, pool.map(lambda file: manifest.sha256(directory / file), files), strict=True):
-            found[file] = digest
-            advance((directory / file).stat().st_size)
-    return found
 
 
 # --- Command ------------------------------------------------------------------------------------------------------

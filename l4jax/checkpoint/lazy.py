@@ -94,14 +94,17 @@ class Joined:
         return self.parts[0].dtype
 
     def read(self, index: Index) -> np.ndarray:
-        wanted, pieces, start = index[self.axis], [], 0
+        return concatenate([part.read(box) for part, box in self.parts_of(index)], self.axis)
+
+    def parts_of(self, index: Index) -> Iterator[tuple[LazyArray, Index]]:
+        """Yields the parts that the box touches, each with the box in it."""
+        wanted, start = index[self.axis], 0
         for part in self.parts:
             size = part.shape[self.axis]
             low, high = max(wanted.start - start, 0), min(wanted.stop - start, size)
             if low < high:
-                pieces.append(part.read((*index[: self.axis], slice(low, high), *index[self.axis + 1 :])))
+                yield part, (*index[: self.axis], slice(low, high), *index[self.axis + 1 :])
             start += size
-        return pieces[0] if len(pieces) == 1 else concatenate(pieces, self.axis)
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,7 @@ class Stacked:
         return self.parts[0].dtype
 
     def read(self, index: Index) -> np.ndarray:
-        pieces = [part.read(index[1:])[None] for part in self.parts[index[0]]]
-        return pieces[0] if len(pieces) == 1 else concatenate(pieces, 0)
+        return concatenate([part.read(index[1:])[None] for part in self.parts[index[0]]], 0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,37 @@ class Picked:
         return self.stack.read((slice(self.position, self.position + 1), *index))[0]
 
 
+def read_scaled(
+    array: LazyArray, index: Index, dtype: np.dtype, axes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Reads values and scales of a box that is stored so; None if it is not.
+
+    Args:
+        dtype: of the values.
+        axes: along which one scale must serve; scales are 1 there, and elsewhere as wide as the box.
+    """
+    match array:
+        case Scaled():
+            scales = np.broadcast_to(array.scales, array.shape)
+            if array.values.dtype != dtype or any(scales.strides[axis] and scales.shape[axis] > 1 for axis in axes):
+                return None
+            one = tuple(slice(0, 1) if axis in axes else part for axis, part in enumerate(index))
+            return array.values[index], scales[one].astype(np.float32)
+        case Stacked():
+            inner, joint = [axis - 1 for axis in axes], 0
+            pieces = [read_scaled(part, index[1:], dtype, inner) for part in array.parts[index[0]]]
+            pieces = [piece and (piece[0][None], piece[1][None]) for piece in pieces]
+        case Joined() if array.axis not in axes:
+            joint = array.axis
+            pieces = [read_scaled(part, box, dtype, axes) for part, box in array.parts_of(index)]
+        case _:
+            return None
+    if None in pieces:
+        return None
+    values, scales = zip(*pieces, strict=True)
+    return concatenate(values, joint), concatenate(scales, joint)
+
+
 def read_into(array: LazyArray, index: Index, target: np.ndarray) -> None:
     """Reads the box `index` into an array of its shape and any float dtype, which may be strided."""
     in_order = list(target.strides) == sorted(target.strides, reverse=True)
@@ -161,8 +194,10 @@ def read_into(array: LazyArray, index: Index, target: np.ndarray) -> None:
         target[box] = values[box]
 
 
-def concatenate(pieces: list[np.ndarray], axis: int) -> np.ndarray:
+def concatenate(pieces: Sequence[np.ndarray], axis: int) -> np.ndarray:
     """`np.concatenate` that moves bits. Numpy copies bfloat16 and float8 item by item, many times slower."""
+    if len(pieces) == 1:
+        return pieces[0]
     dtype, bits = pieces[0].dtype, bits_dtype(pieces[0].dtype)
     return np.concatenate([piece.view(bits) for piece in pieces], axis).view(dtype)
 

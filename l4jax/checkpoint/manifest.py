@@ -83,6 +83,38 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class GrowingHash:
+    """sha256 of a file that is written in any order: what is finished without a gap from its start is hashed at once.
+
+    The bytes are read back while the page cache still has them, so that no second pass over the file is needed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._hash, self._position, self._finished = hashlib.sha256(), 0, {}
+        self._buffer = memoryview(bytearray(1 << 20))
+
+    def add(self, offset: int, size: int) -> None:
+        """Says that these bytes of the file have their final values. Calls must not overlap."""
+        self._finished[offset] = size
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._position)
+            while left := self._finished.pop(self._position, 0):
+                self._position += left
+                while left:
+                    read = file.readinto(self._buffer[:left])
+                    if not read:
+                        raise OSError(f"{self.path} was cut while it was written; convert again")
+                    self._hash.update(self._buffer[:read])
+                    left -= read
+
+    def hexdigest(self) -> str:
+        """Returns the sha256 of the whole file."""
+        if self._finished or self._position != self.path.stat().st_size:
+            raise ValueError(f"{self.path} is hashed up to byte {self._position} only")
+        return self._hash.hexdigest()
+
+
 def sync(path: Path) -> None:
     """Makes a file, or the names in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -88,10 +88,15 @@ class Journal:
         self.close()
 
 
-def work(pieces: list[Piece], journal: Journal, title: str) -> None:
+def work(
+    pieces: list[Piece], journal: Journal, title: str, finished: Callable[[Piece], object] = lambda piece: None
+) -> None:
     """Does the pieces that the journal lacks, or whose checksum is not the journal's.
 
     The first error stops the work and is raised.
+
+    Args:
+        finished: called, by one thread, with every piece as soon as it stands, whether written now or before.
     """
     total = sum(piece.size for piece in pieces)
     with progress(title, total) as advance, ThreadPoolExecutor(WORKERS) as pool:
@@ -99,6 +104,7 @@ def work(pieces: list[Piece], journal: Journal, title: str) -> None:
         def finish(piece: Piece, checksum: str) -> None:
             journal.add(piece.name, checksum)
             advance(piece.size)
+            finished(piece)
 
         # Nothing was synced to disk before the kill, if it was the machine that died.
         kept = [piece for piece in pieces if piece.name in journal.done]
@@ -106,6 +112,7 @@ def work(pieces: list[Piece], journal: Journal, title: str) -> None:
         for piece, checksum in zip(kept, pool.map(lambda piece: piece.checksum(), kept), strict=True):
             if checksum == journal.done[piece.name]:
                 advance(piece.size)
+                finished(piece)
             else:
                 todo.append(piece)
         _in_parallel(pool, todo, finish)

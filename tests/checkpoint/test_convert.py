@@ -49,7 +49,7 @@ def test_hf_to_l4jax_to_hf_returns_the_same_bytes(tmp_path, name, dtype):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("num_ranks", [1, 8])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_meta_to_hf_equals_hf(tmp_path, name, num_ranks):
     config = oracles.wide_heads(preset(name))

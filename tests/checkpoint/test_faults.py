@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -244,12 +245,12 @@ def test_a_read_only_disk_is_named(hf, mount):
 KILLS = """
 import os, random, signal, sys, time
 from l4jax.checkpoint import convert, pieces, zarr
-source, folder, to = sys.argv[1:]
+source, folder, kills, options = *sys.argv[1:3], int(sys.argv[3]), eval(sys.argv[4])
 zarr.PIECE_BYTES, zarr.CHUNK_BYTES = 8192, 2048
 def start(name):
     child = os.fork()
     if not child:
-        convert.convert(source, f"{folder}/{name}", to=to)
+        convert.convert(source, f"{folder}/{name}", **options)
         os._exit(0)
     return child
 def journal_bytes(name):
@@ -264,7 +265,7 @@ while runs(child):
     total = max(total, journal_bytes("undisturbed"))
 assert os.waitpid(child, 0)[1] == 0
 rng, killed = random.Random(0), 0
-for i in range(20):
+for i in range(kills):
     name, moment = f"killed-{i}", rng.uniform(0, total)
     child = start(name)
     # The moment is a share of the work, not of a duration: it comes on a fast machine as on a busy one.
@@ -279,15 +280,35 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize("to", ["l4jax", "hf"])
-def test_killed_at_twenty_moments_the_same_command_gives_the_same_result(hf, tmp_path, to):
+@pytest.mark.parametrize(
+    ("kills", "options"),
+    [(20, {"to": "l4jax"}), (20, {"to": "hf"}), (3, {"quantize": "int8"})],  # the last imports jax in every child
+    ids=["l4jax", "hf", "int8"],
+)
+def test_killed_at_random_moments_the_same_command_gives_the_same_result(hf, tmp_path, kills, options):
     results = tmp_path / "results"
     results.mkdir()
-    done = subprocess.run([sys.executable, "-c", KILLS, hf, results, to], check=True, capture_output=True, text=True)
-    assert int(done.stdout) >= 15
+    command = [sys.executable, "-c", KILLS, hf, results, str(kills), repr(options)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert int(done.stdout) >= 0.75 * kills
     expected = manifest.read_manifest(results / "undisturbed")["files"]
-    for i in range(20):
+    for i in range(kills):
         assert manifest.read_manifest(results / f"killed-{i}")["files"] == expected
+
+
+def test_a_terminal_shows_progress_with_rate_and_time_left(hf, tmp_path):
+    terminal, end = os.openpty()
+    command = [sys.executable, "-m", "l4jax", "convert", hf, tmp_path / "result"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(command, stderr=end, stdout=subprocess.DEVNULL, env=environment)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as reader:  # the end of a terminal is an error
+        while part := reader.read(4096):
+            shown += part
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"converting ━+ (\d+\.\d)/\1 \wB \d+\.\d \wB/s 0:00:00", plain), plain
 
 
 def test_pieces_that_the_disk_lost_are_written_again(hf, tmp_path, monkeypatch):

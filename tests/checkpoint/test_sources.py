@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from l4jax.checkpoint.convert import convert
 from l4jax.checkpoint.hf import open_hf
 from l4jax.checkpoint.lazy import everything
 from l4jax.checkpoint.meta import open_meta
@@ -120,7 +121,7 @@ def test_text_model_has_no_prefix(tmp_path):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("scheme", ["compressed-tensors", "fbgemm"])
-def test_fp8_experts_are_dequantised_with_their_own_scales(tmp_path, scheme):
+def test_fp8_experts_are_dequantised_with_their_own_scales_or_kept(tmp_path, scheme):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -128,11 +129,12 @@ def test_fp8_experts_are_dequantised_with_their_own_scales(tmp_path, scheme):
     model = oracles.hf_model(config)
     directory = oracles.write_hf(model, tmp_path / "hf", shard_size="1GB")
     file = directory / "model.safetensors"
-    state, expected = load_file(file), {}
+    state, bits, expected = load_file(file), {}, {}
     for key in [key for key in state if "experts.gate_up_proj" in key or "experts.down_proj" in key]:
         weight = state.pop(key).float()
-        scale = weight.abs().amax(dim=1, keepdim=True) / 448  # for each expert and output channel
+        scale = weight.abs().amax(dim=1, keepdim=True) / 300  # for each expert and output channel; not ours, amax / 448
         values = (weight / scale).to(torch.float8_e4m3fn)
+        bits[key] = (values.view(torch.uint8), scale)
         expected[key] = (values.float() * scale).to(torch.bfloat16)
         prefix, _, name = key.rpartition(".")
         if scheme == "fbgemm":
@@ -149,6 +151,7 @@ def test_fp8_experts_are_dequantised_with_their_own_scales(tmp_path, scheme):
     save_file(state, file)
     source = open_hf(directory)
     assert not source.ignored
+    kept = open_checkpoint(convert(directory, tmp_path / "kept", quantize="fp8"))
     for place, layer in (("layers.cycle.1", 1), ("layers.cycle.3", 3)):
         key = f"language_model.model.layers.{layer}.feed_forward.experts."
         gate, up = expected[f"{key}gate_up_proj"].chunk(2, dim=-1)
@@ -156,6 +159,12 @@ def test_fp8_experts_are_dequantised_with_their_own_scales(tmp_path, scheme):
             array = source.arrays[f"{place}.feed_forward.experts.{name}"]
             got = array.read(everything(array.shape))[0]
             np.testing.assert_array_equal(got.astype(np.float32), tensor.float().numpy())
+            halves = {"gate_proj": 0, "up_proj": 1}
+            fused = f"{key}gate_up_proj" if name in halves else f"{key}down_proj"
+            for ending, stored in zip(("values", "scales"), bits[fused], strict=True):
+                array = kept.arrays[f"{place}.feed_forward.experts.{name}.{ending}"]
+                wanted = (stored.chunk(2, dim=-1)[halves[name]] if name in halves else stored).numpy()
+                np.testing.assert_array_equal(array.read(everything(array.shape))[0].view(wanted.dtype), wanted)
 
 
 @pytest.mark.oracle
@@ -164,7 +173,7 @@ def test_metas_fp8_experts_are_dequantised_rank_by_rank(tmp_path):
 
     config = oracles.wide_heads(preset("small-maverick"))
     directory = oracles.write_meta(oracles.hf_model(config), config, tmp_path / "meta", 2)
-    experts, expected = config.text_config.num_local_experts, {}
+    experts, expected, bits = config.text_config.num_local_experts, {}, {}
     for rank in range(2):
         path, scales = directory / f"consolidated.{rank:02d}.pth", {}
         content = torch.load(path, weights_only=False)
@@ -177,6 +186,7 @@ def test_metas_fp8_experts_are_dequantised_rank_by_rank(tmp_path):
                 content[prefix + name], scales[prefix + alias] = values.flatten(0, 1), scale
                 product = (values.float() * scale[:, None]).to(torch.bfloat16).float().numpy()
                 expected.setdefault((layer, alias), []).append(product)
+                bits.setdefault((layer, alias), []).append(values.view(torch.uint8).numpy())
         torch.save(content, path)
         torch.save(scales, directory / f"fp8_scales_{rank}.pt")
     source = open_meta(directory, config)
@@ -185,6 +195,12 @@ def test_metas_fp8_experts_are_dequantised_rank_by_rank(tmp_path):
             array = source.arrays[f"layers.cycle.{layer % 4}.feed_forward.experts.{name}"]
             got = array.read(everything(array.shape))[layer // 4].astype(np.float32)
             np.testing.assert_array_equal(got, np.concatenate(expected[layer, alias], axis))
+    kept = open_checkpoint(convert(directory, tmp_path / "kept", quantize="fp8"))
+    for layer in (1, 5):
+        for name, alias in (("gate_proj", "w1"), ("up_proj", "w3")):  # w2 has one scale a rank along its inputs
+            array = kept.arrays[f"layers.cycle.1.feed_forward.experts.{name}.values"]
+            got = array.read(everything(array.shape))[layer // 4].view(np.uint8)
+            np.testing.assert_array_equal(got, np.concatenate(bits[layer, alias], 2))
     (directory / "fp8_scales_1.pt").unlink()
     with pytest.raises(FileNotFoundError, match="fp8_scales"):
         open_meta(directory, config)
