@@ -72,7 +72,7 @@ def convert(
     present = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     check_space(parent, int(needed * 1.001) + (16 << 20) - present)
 
-    job = {"source": _fingerprint(opened), "to": to, "dtype": dtype, "quantize": quantize, "format": manifest.FORMAT}
+    job = {"source": opened.identity(), "to": to, "dtype": dtype, "quantize": quantize, "format": manifest.FORMAT}
     with Journal(partial, job) as journal:
         if to == "l4jax":
             known = _write_l4jax(opened, partial, written, journal)
@@ -90,12 +90,6 @@ def convert(
     store.finish(partial, destination)
     (destination / JOURNAL).unlink()
     return destination
-
-
-def _fingerprint(source: Source) -> list:
-    """Returns what must not change between two runs that share a journal."""
-    files = [*source.weight_files, *source.directory.glob("config.json"), *source.directory.glob("params.json")]
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 # --- To l4jax -----------------------------------------------------------------------------------------------------

@@ -28,6 +28,12 @@ class Source:
     quantize: str | None = None
     """Scheme of an l4jax checkpoint in few bits, whose quantised parameters are two arrays, `.values` and `.scales`."""
 
+    def identity(self) -> list:
+        """Returns what tells one checkpoint, and one state of it, from another, without reading weights."""
+        directory = self.directory
+        files = [*self.weight_files, *directory.glob("config.json"), *directory.glob("params.json")]
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
 
 def read_json(path: Path) -> dict:
     """Returns the object in a JSON file."""

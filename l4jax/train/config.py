@@ -126,6 +126,9 @@ class DistillConfig:
     """Of `gap`, in nats."""
     top_k: int = 0
     """Likeliest tokens of the teacher that are used, the rest as one; 0: all, which takes V numbers a token."""
+    cache: str = ""
+    """Directory in which the teacher's targets are kept by row, for other runs and passes; needs `top_k`. Empty: the
+    teacher runs beside the student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +206,8 @@ class RunConfig:
             )
         if self.metap and self.optimizer.name != "adamw":
             raise ValueError("optimizer.name must be adamw: MetaP's learning rates are Adam's")
+        if self.distill and self.distill.cache and not self.distill.top_k:
+            raise ValueError("distill.cache needs distill.top_k, for example 16: all tokens would take V numbers each")
         if self.distill and self.contrastive:
             raise ValueError("distill and contrastive are two objectives; a run has one")
         if self.contrastive and self.parallel.microbatches > 1:

@@ -103,7 +103,7 @@ def soft_weight(
 
 
 class Distill(NextToken):
-    """The objective; `fixed` holds the weights of the teacher."""
+    """The objective; `fixed` holds the weights of the teacher, or rows have its targets, under `teacher`."""
 
     def __init__(
         self,
@@ -120,15 +120,7 @@ class Distill(NextToken):
         self.settings, self.teacher, self.steps = settings, teacher, steps
 
     def token_loss(self, model: Llama4, hidden_BTD, rows: Rows, fixed: dict[str, Any], step):
-        teacher = nnx.merge(self.teacher, jax.lax.stop_gradient(fixed))
-        hidden_BTd, _ = self.hidden(teacher, rows, None)
-        targets = ops.map_logits(
-            lambda logits, targets: soft_targets(logits, targets, self.settings.top_k),
-            head_logits,
-            hidden_BTd,
-            teacher.lm_head.kernel[...],
-            rows["targets"],
-        )
+        targets = rows["teacher"] if "teacher" in rows else self.soft_targets(fixed, rows)
         progress = jnp.broadcast_to(step / self.steps, rows["targets"].shape)  # what is mapped over has positions
         of_tokens = ops.map_logits(
             self.token_numbers,
@@ -141,6 +133,18 @@ class Distill(NextToken):
         names = {"loss": "hard", "accuracy": "right", "soft_loss": "soft", "soft_weight": "weight"}
         values = {name: getattr(of_tokens, field) for name, field in names.items()}
         return loss, self.by_bucket(rows, **values, teacher_loss=-targets.target, teacher_agreement=of_tokens.agreement)
+
+    def soft_targets(self, fixed: dict[str, Any], rows: Rows) -> SoftTargets:
+        """Returns what the teacher says of rows."""
+        teacher = nnx.merge(self.teacher, jax.lax.stop_gradient(fixed))
+        hidden_BTd, _ = self.hidden(teacher, rows, None)
+        return ops.map_logits(
+            lambda logits, targets: soft_targets(logits, targets, self.settings.top_k),
+            head_logits,
+            hidden_BTd,
+            teacher.lm_head.kernel[...],
+            rows["targets"],
+        )
 
     def token_numbers(self, logits_BTV: Float[Array, "B T V"], others) -> TokenNumbers:
         """Returns the loss of each position, and what it is made of."""

@@ -165,7 +165,8 @@ def train(
                 while step < config.steps and not stop.requested(store, step):
                     record(step, state)
                     batch = next(batches)
-                    state, numbers = train_step(state, place(batch, mesh, BATCH_AXES, shard[1]), stage.fixed)
+                    rows = stage.complete(batch, place(batch, mesh, BATCH_AXES, shard[1]))
+                    state, numbers = train_step(state, rows, stage.fixed)
                     step += 1
                     # The step runs on while the host reads the numbers of the one before and makes the next batch.
                     with saving_what_broke(run_dir):

@@ -16,12 +16,15 @@ from l4jax.checkpoint.load import load
 from l4jax.checkpoint.opening import open_checkpoint
 from l4jax.model.llama4 import Llama4
 from l4jax.model.params import abstract_model, placed_params, with_params
+from l4jax.sharding import batch_part
 from l4jax.train import metap
 from l4jax.train.config import InitConfig, RunConfig
 from l4jax.train.contrastive import Contrastive, ContrastiveModel
 from l4jax.train.distill import Distill
 from l4jax.train.objective import NextToken, Objective
+from l4jax.train.soft_targets import CachedTargets
 from l4jax.train.state import Make, abstract_module, path_name
+from l4jax.train.step import Batch, count_targets
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Stage:
     objective: Objective
     fixed: Any
     """What the objective is handed besides; no step changes it."""
+    complete: Callable[[dict[str, Any], Batch], Batch] = lambda batch, placed: placed
+    """Adds to placed rows what the objective wants besides; its other argument is the batch on the host."""
     scale_by: Callable[[str, int], optax.GradientTransformation] | None = None
     """MetaP's, for the optimizer."""
     inside: str | None = None
@@ -79,23 +84,40 @@ def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
 
     graphdef = nnx.graphdef(abstract_module(make_llama))
     if config.distill:
-        source = open_checkpoint(config.distill.teacher)
+        settings = config.distill
+        source = open_checkpoint(settings.teacher)
         words, own = source.config.text_config.vocab_size, config.model.text_config.vocab_size
         if words != own:
-            raise ValueError(f"the teacher in {config.distill.teacher} knows {words:,} tokens, the student {own:,}")
+            raise ValueError(f"the teacher in {settings.teacher} knows {words:,} tokens, the student {own:,}")
         teacher = abstract_model(source.config, dtype=jnp.dtype(config.parallel.compute_dtype))
-        loaded = with_params(teacher, load(source, placed_params(teacher, mesh)))
         objective = Distill(
             graphdef,
             config.parallel,
             config.router,
             num_sources,
-            settings=config.distill,
+            settings=settings,
             teacher=nnx.graphdef(teacher),
             steps=config.steps,
         )
-        return Stage(make_llama, objective, nnx.to_pure_dict(nnx.state(loaded)), scale_by)
-    return Stage(make_llama, NextToken(graphdef, config.parallel, config.router, num_sources), None, scale_by)
+
+        def load_teacher() -> dict[str, Any]:
+            return nnx.to_pure_dict(nnx.state(with_params(teacher, load(source, placed_params(teacher, mesh)))))
+
+        if not settings.cache:
+            return Stage(make_llama, objective, load_teacher(), scale_by=scale_by)
+        cached = CachedTargets(
+            settings.cache,
+            source,
+            top_k=settings.top_k,
+            precision=config.parallel.compute_dtype,
+            load=load_teacher,
+            speak=lambda weights, batch: objective.soft_targets(weights, count_targets(batch)[0]),
+            mesh=mesh,
+            parts=batch_part(mesh, config.data.rows)[1],
+        )
+        return Stage(make_llama, objective, None, cached, scale_by)
+    objective = NextToken(graphdef, config.parallel, config.router, num_sources)
+    return Stage(make_llama, objective, None, scale_by=scale_by)
 
 
 def start_from(params: dict[str, Any], init: Mapping[str, InitConfig]) -> dict[str, Any]:

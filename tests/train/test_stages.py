@@ -7,7 +7,7 @@ from rich.console import Console
 
 import l4jax
 from l4jax.checkpoint.load import load
-from l4jax.train import loop
+from l4jax.train import loop, stage
 from l4jax.train.config import load_run_config
 from l4jax.train.data import RunData
 from l4jax.train.export import export
@@ -109,9 +109,30 @@ def test_a_student_learns_from_the_model_of_a_run(settings, llama, tmp_path):
     assert line["soft_loss"] > 0
 
 
+def test_a_teacher_whose_targets_are_kept_speaks_once(settings, llama, tmp_path, monkeypatch):
+    words = [f"distill.teacher={llama[0] / 'model'}", "distill.top_k=4", "steps=3", "log_every=1"]
+    cached = [*words, f"distill.cache={tmp_path / 'cache'}"]
+    live, first = (train(settings(*some), tmp_path / name) for some, name in ((words, "live"), (cached, "first")))
+    files = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert len(files) == 6  # rows of three steps
+    monkeypatch.setattr(stage, "load", lambda *_: pytest.fail("the teacher was loaded"))
+    again = train(settings(*cached), tmp_path / "again")
+    for other in (first, again):
+        for path, leaf in nested(other.model()).items():
+            np.testing.assert_allclose(leaf, nested(live.model())[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("live", "first", "again")]
+    for line, *others in zip(*lines, strict=True):
+        for name in ("loss", "soft_loss", "soft_weight", "teacher_loss"):
+            np.testing.assert_allclose([other[name] for other in others], line[name], rtol=1e-5)
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{files[0].name} is damaged .*; remove it"):
+        train(settings(*cached), tmp_path / "damaged")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["distill.teacher=x", "distill.cache=y"], "distill.cache needs distill.top_k"),
         (["init.llama.path=nowhere"], "nowhere is not a directory"),
         (["distill.teacher=nowhere"], "nowhere is not a directory"),
         (["trainable=vision_modell"], "matches no parameter"),
