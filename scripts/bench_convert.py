@@ -1,9 +1,11 @@
 """Rate and memory of `l4jax convert`, beside a plain copy of the same files and beside transformers.
 
 Makes a synthetic checkpoint with the tensor shapes of Scout (fewer layers) or with one expert tensor of 5 GB (--wide),
-converts it in a process of its own, and prints one line for each way: seconds, GB/s, peak resident memory.
+converts it in a process of its own, and prints one line for each way: seconds, GB/s, peak resident memory. What a
+machine writes in a second swings with what its memory held before, so each way has a copy of its own right before it,
+and the ratio is the median of the rounds.
 
-    python scripts/bench_convert.py --directory /big/disk                           # 13 GB in, 13 GB out, 2-4 minutes
+    python scripts/bench_convert.py --directory /big/disk                           # 13 GB in, 13 GB out, 5-10 minutes
     python scripts/bench_convert.py --directory /big/disk --wide
     python scripts/bench_convert.py --directory /big/disk --layers 1 --vocab 32768 --transformers    # 5 GB
 """
@@ -13,6 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -85,13 +88,17 @@ def write_synthetic(directory: Path, config: Llama4Config) -> int:
     return total
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies file by file through memory, as `cp` does, and syncs, as the converter does."""
+def copy(source: Path, target: Path) -> float:
+    """Copies file by file through memory, as `cp` does, and syncs, as the converter does; returns the seconds taken."""
+    start = time.monotonic()
     target.mkdir()
     for path in source.iterdir():
         with open(path, "rb") as reader, open(target / path.name, "wb") as writer:
             shutil.copyfileobj(reader, writer, 16 << 20)
             os.fsync(writer.fileno())
+    seconds = time.monotonic() - start
+    shutil.rmtree(target)
+    return seconds
 
 
 def measure(title: str, size: int, command: list[str]) -> tuple[float, float]:
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=202048)
     parser.add_argument("--wide", action="store_true", help="one layer whose gate_up_proj alone has 5.4 GB")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", action="store_true", help="also load and save with transformers (in memory)")
     parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -136,23 +144,29 @@ def main() -> None:
         print(
             f"{size / 1e9:.2f} GB, {len(list((work / 'source').glob('*.safetensors')))} files, {os.cpu_count()} cores"
         )
-        for _ in range(2):
-            start = time.monotonic()
-            copy(work / "source", work / "copy")
-            copied = time.monotonic() - start
-            print(f"{'plain copy':<24} {copied:8.1f} s {size / 1e9 / copied:8.2f} GB/s", flush=True)
-            shutil.rmtree(work / "copy")
-
-            verb = [sys.executable, "-m", "l4jax", "convert"]
-            ours, peak = measure("convert to l4jax", size, [*verb, str(work / "source"), str(work / "l4jax")])
-            back, _ = measure("convert to hf", size, [*verb, str(work / "l4jax"), str(work / "hf"), "--to", "hf"])
-            print(f"of the copy's rate: {copied / ours:.2f} to l4jax, {copied / back:.2f} to hf", flush=True)
-            shutil.rmtree(work / "l4jax")
-            shutil.rmtree(work / "hf")
+        verb, l4jax, hf = [sys.executable, "-m", "l4jax", "convert"], str(work / "l4jax"), str(work / "hf")
+        ways = {"to l4jax": [*verb, str(work / "source"), l4jax], "to hf": [*verb, l4jax, hf, "--to", "hf"]}
         if args.transformers:
-            command = [sys.executable, "-c", SHIM + TRANSFORMERS, str(work / "source"), str(work / "saved")]
-            theirs, their_peak = measure("transformers load+save", size, command)
-            print(f"convert is {theirs / ours:.1f} times as fast, with {peak / their_peak:.2f} of the memory")
+            saved = str(work / "saved")
+            ways["transformers load+save"] = [sys.executable, "-c", SHIM + TRANSFORMERS, str(work / "source"), saved]
+        ratios, times, peaks = ({way: [] for way in ways} for _ in range(3))
+        for _ in range(args.rounds):
+            for way, command in ways.items():
+                copied = copy(work / "source", work / "copy")
+                print(f"{'plain copy':<24} {copied:8.1f} s {size / 1e9 / copied:8.2f} GB/s", flush=True)
+                seconds, peak = measure(way, size, command)
+                ratios[way].append(copied / seconds)
+                times[way].append(seconds)
+                peaks[way].append(peak)
+            for way in (l4jax, hf, work / "saved"):
+                shutil.rmtree(way, ignore_errors=True)
+        for way in ways:
+            low, high = min(ratios[way]), max(ratios[way])
+            middle, seconds = statistics.median(ratios[way]), statistics.median(times[way])
+            print(
+                f"{way}: {middle:.2f} of the copy's rate ({low:.2f} to {high:.2f}), {seconds:.1f} s, "
+                f"peak memory {max(peaks[way]):.2f} GB"
+            )
 
 
 if __name__ == "__main__":
