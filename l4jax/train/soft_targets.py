@@ -6,13 +6,13 @@ weightings, more passes over the data, a run that goes on. A run whose rows are 
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -39,7 +39,7 @@ class CachedTargets:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str,
         source: Source,
         *,
         top_k: int,
@@ -50,7 +50,7 @@ class CachedTargets:
         parts: int,
     ):
         identity = json.dumps([source.identity(), top_k, precision])
-        self._directory = Path(directory) / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._directory = epath.Path(directory) / hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._load, self._weights = load, None
         self._mesh, self._parts = mesh, parts
         self._dtype = np.dtype([("ids", "<i4", top_k), ("logprobs", "<f4", top_k), ("target", "<f4")])
@@ -84,7 +84,7 @@ class CachedTargets:
         arrays = {name: np.ascontiguousarray(stored[name]) for name in AXES}
         return {**placed, "teacher": SoftTargets(**place(arrays, self._mesh, AXES, self._parts))}
 
-    def _file(self, batch: dict[str, np.ndarray], row: int) -> Path:
+    def _file(self, batch: dict[str, np.ndarray], row: int) -> epath.Path:
         seen = hashlib.sha256()
         for name in ("ids", "positions", "segment_ids", "tiles"):
             if batch[name] is not None:
@@ -92,9 +92,10 @@ class CachedTargets:
         name = seen.hexdigest()
         return self._directory / name[:2] / f"{name}.npy"
 
-    def _read(self, file: Path, length: int) -> np.ndarray | None:
+    def _read(self, file: epath.Path, length: int) -> np.ndarray | None:
         try:
-            row = np.load(file, allow_pickle=False)
+            with file.open("rb") as opened:
+                row = np.load(opened, allow_pickle=False)
         except FileNotFoundError:
             return None
         except (ValueError, EOFError, OSError) as error:
@@ -120,12 +121,12 @@ def _local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def _write(file: Path, row: np.ndarray) -> None:
+def _write(file: epath.Path, row: np.ndarray) -> None:
     """Writes whole files only: other runs read here."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as opened:
+        with temporary.open("wb") as opened:
             np.save(opened, row)
         temporary.rename(file)
     finally:

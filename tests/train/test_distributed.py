@@ -63,8 +63,8 @@ class DataOfBoth(RunData):
         return BothShards(RunData(self._config, self._directory))
 
 
-def start(out: Path, cache: Path) -> list[subprocess.Popen]:
-    """Starts the same command twice."""
+def start(command: list[str], cache: Path) -> list[subprocess.Popen]:
+    """Starts the same command twice, on two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -75,7 +75,6 @@ def start(out: Path, cache: Path) -> list[subprocess.Popen]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         **dict(zip(PROCESS[:2], (address, "2"), strict=True)),
     }
-    command = [sys.executable, "-m", "l4jax", "train", str(DEMO), *SETTINGS, "--out", str(out), "--debug"]
     return [
         subprocess.Popen(
             command, env=shared | {PROCESS[2]: str(index)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -99,7 +98,8 @@ def finish(processes: list[subprocess.Popen], code: int) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_train_stop_and_go_on_as_one(tmp_path):
     out = tmp_path / "run"
-    processes = start(out, tmp_path / "compiled")
+    command = [sys.executable, "-m", "l4jax", "train", str(DEMO), *SETTINGS, "--out", str(out), "--debug"]
+    processes = start(command, tmp_path / "compiled")
     while not (out / "config.yaml").exists() and all(process.poll() is None for process in processes):
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)  # while the step compiles; one is told, both stop at the same step
@@ -109,7 +109,7 @@ def test_two_processes_train_stop_and_go_on_as_one(tmp_path):
     assert 0 < step < STEPS
     assert "step" not in second
 
-    first, second = finish(start(out, tmp_path / "compiled"), 0)
+    first, second = finish(start(command, tmp_path / "compiled"), 0)
     assert f"going on from step {step}" in first
     assert "step" not in second
 
@@ -123,6 +123,46 @@ def test_two_processes_train_stop_and_go_on_as_one(tmp_path):
     assert evaluated["held_out"]["documents"] == expected["held_out"]["documents"] > 0
     assert evaluated["held_out"]["loss"] == pytest.approx(expected["held_out"]["loss"], rel=1e-3)
     assert [line["router_load"] for line in together[:5]] == [line["router_load"] for line in alone[:5]]
+
+
+KEPT = """
+import sys
+from types import SimpleNamespace
+from l4jax.host import start_distributed
+start_distributed()
+import jax, jax.numpy as jnp, numpy as np
+from l4jax.sharding import batch_part, make_mesh, place
+from l4jax.train.distill import SoftTargets
+from l4jax.train.soft_targets import CachedTargets
+from l4jax.train.step import BATCH_AXES
+mesh, loads = make_mesh(fsdp=2, tensor=2), []
+part, parts = batch_part(mesh, 4)
+numbers = np.arange(4 * 8, dtype=np.int32).reshape(4, 8)
+local = {name: numbers[part * 2 : part * 2 + 2] for name in ("ids", "positions", "segment_ids")} | {"tiles": None}
+def speak(weights, rows):
+    ids = rows["ids"][..., None] + weights * jnp.arange(3)
+    return SoftTargets(ids, -ids.astype(jnp.float32), ids[..., 0] / 2)
+def teach(only):
+    cached = CachedTargets(sys.argv[1], SimpleNamespace(identity=list), top_k=3, precision="float32", speak=speak,
+        load=lambda: loads.append(1) or jnp.int32(100), mesh=mesh, parts=parts)
+    rows = {name: None if value is None else value[:, only] for name, value in local.items()}
+    with jax.set_mesh(mesh):
+        found = cached(rows, place(rows, mesh, BATCH_AXES, parts))["teacher"]
+        whole = numbers[:, only]
+        wrong = [(found.ids != whole[..., None] + 100 * np.arange(3)).sum(), (found.target != whole / 2).sum()]
+        return sum(map(int, jax.jit(lambda *x: x)(*wrong)))
+everything, half = slice(0, 8), slice(0, 4)
+print(teach(everything), teach(everything), teach(half), teach(half), len(loads), part, parts)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_targets_of_their_rows(tmp_path):
+    command = [sys.executable, "-c", KEPT, str(tmp_path / "kept")]
+    words = [out.splitlines()[-1].split() for out in finish(start(command, tmp_path / "compiled"), 0)]
+    assert [line[:5] for line in words] == [["0", "0", "0", "0", "2"]] * 2  # nothing wrong, the teacher loaded twice
+    assert [line[5:] for line in words] == [["0", "2"], ["1", "2"]]
+    assert len(list((tmp_path / "kept").rglob("*.npy"))) == 8
 
 
 @pytest.mark.parametrize(
