@@ -2,8 +2,8 @@
 
 Makes a synthetic checkpoint with the tensor shapes of Scout (fewer layers) or with one expert tensor of 5 GB (--wide),
 converts it in a process of its own, and prints one line for each way: seconds, GB/s, peak resident memory. What a
-machine writes in a second swings with what its memory held before, so each way has a copy of its own right before it,
-and the ratio is the median of the rounds.
+machine reads and writes in a second swings with what its memory held before, so beside each way its own input is
+copied, before it and after it in turn, and the ratio is the median of the rounds.
 
     python scripts/bench_convert.py --directory /big/disk                           # 13 GB in, 13 GB out, 5-10 minutes
     python scripts/bench_convert.py --directory /big/disk --wide
@@ -91,9 +91,10 @@ def write_synthetic(directory: Path, config: Llama4Config) -> int:
 def copy(source: Path, target: Path) -> float:
     """Copies file by file through memory, as `cp` does, and syncs, as the converter does; returns the seconds taken."""
     start = time.monotonic()
-    target.mkdir()
-    for path in source.iterdir():
-        with open(path, "rb") as reader, open(target / path.name, "wb") as writer:
+    for path in filter(Path.is_file, source.rglob("*")):
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "rb") as reader, open(copied, "wb") as writer:
             shutil.copyfileobj(reader, writer, 16 << 20)
             os.fsync(writer.fileno())
     seconds = time.monotonic() - start
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=202048)
     parser.add_argument("--wide", action="store_true", help="one layer whose gate_up_proj alone has 5.4 GB")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--transformers", action="store_true", help="also load and save with transformers (in memory)")
     parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -144,22 +145,23 @@ def main() -> None:
         print(
             f"{size / 1e9:.2f} GB, {len(list((work / 'source').glob('*.safetensors')))} files, {os.cpu_count()} cores"
         )
-        verb, l4jax, hf = [sys.executable, "-m", "l4jax", "convert"], str(work / "l4jax"), str(work / "hf")
-        ways = {"to l4jax": [*verb, str(work / "source"), l4jax], "to hf": [*verb, l4jax, hf, "--to", "hf"]}
+        source, l4jax, hf, saved = (work / name for name in ("source", "l4jax", "hf", "saved"))
+        verb = [sys.executable, "-m", "l4jax", "convert"]
+        ways = {"to l4jax": (source, verb, l4jax, []), "to hf": (l4jax, verb, hf, ["--to", "hf"])}
         if args.transformers:
-            saved = str(work / "saved")
-            ways["transformers load+save"] = [sys.executable, "-c", SHIM + TRANSFORMERS, str(work / "source"), saved]
+            ways["transformers load+save"] = (source, [sys.executable, "-c", SHIM + TRANSFORMERS], saved, [])
         ratios, times, peaks = ({way: [] for way in ways} for _ in range(3))
-        for _ in range(args.rounds):
-            for way, command in ways.items():
-                copied = copy(work / "source", work / "copy")
-                print(f"{'plain copy':<24} {copied:8.1f} s {size / 1e9 / copied:8.2f} GB/s", flush=True)
-                seconds, peak = measure(way, size, command)
+        for nth in range(args.rounds):
+            for way, (start, command, end, options) in ways.items():
+                copied = copy(start, work / "copy") if nth % 2 == 0 else None
+                seconds, peak = measure(way, size, [*command, str(start), str(end), *options])
+                copied = copied or copy(start, work / "copy")
+                print(f"{'plain copy of its input':<24} {copied:8.1f} s {size / 1e9 / copied:8.2f} GB/s", flush=True)
                 ratios[way].append(copied / seconds)
                 times[way].append(seconds)
                 peaks[way].append(peak)
-            for way in (l4jax, hf, work / "saved"):
-                shutil.rmtree(way, ignore_errors=True)
+            for written in (l4jax, hf, saved):
+                shutil.rmtree(written, ignore_errors=True)
         for way in ways:
             low, high = min(ratios[way]), max(ratios[way])
             middle, seconds = statistics.median(ratios[way]), statistics.median(times[way])
