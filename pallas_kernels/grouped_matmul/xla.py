@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import few_rows
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups, of_layer
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.slices import from_bits, own_zeros, read_slice, to_bits
@@ -171,14 +172,6 @@ def _outer_products(
     return [from_bits(out, dtype) for out in lax.fori_loop(0, num_groups, visit_group, outs)]
 
 
-def _dot(subscripts: str, rows: Array, other: Array) -> Array:
-    """Returns the float32 product of a block of rows with a matrix."""
-    num_rows = rows.shape[0]
-    if num_rows < _smallest_block(rows.dtype):
-        return _dot(subscripts, jnp.pad(rows, ((0, 1), (0, 0))), other)[:num_rows]
-    return jnp.einsum(subscripts, rows, other, preferred_element_type=jnp.float32)
-
-
 def _swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
@@ -186,7 +179,7 @@ def _swiglu(gate: Array, up: Array) -> Array:
 @jax.custom_vjp
 def _grouped_matmul(rows_RD: Float[Array, "R D"], weights_eDF: Matrices, groups: Groups) -> Float[Array, "R F"]:
     def compute(block_RD, weights_DF):
-        return [_dot("RD,DF->RF", block_RD, weights_DF)]
+        return [few_rows.dot(block_RD, weights_DF)]
 
     (out_RF,) = _map_blocks(compute, [rows_RD], [weights_eDF], groups, [weights_eDF.shape[2]])
     return out_RF
@@ -200,7 +193,7 @@ def _grouped_matmul_backward(residuals, d_out_RF):
     rows_RD, weights_eDF, groups = residuals
 
     def compute(d_out_RF, weights_DF):
-        return [_dot("RF,DF->RD", d_out_RF, weights_DF)]
+        return [few_rows.dot(d_out_RF, weights_DF.T)]
 
     (d_rows_RD,) = _map_blocks(compute, [d_out_RF], [weights_eDF], groups, [rows_RD.shape[1]])
     if isinstance(weights_eDF, QuantizedArray):
@@ -214,7 +207,7 @@ def _grouped_swiglu(
     rows_RD: Float[Array, "R D"], gate_eDF: Matrices, up_eDF: Matrices, groups: Groups
 ) -> Float[Array, "R F"]:
     def compute(block_RD, gate_DF, up_DF):
-        return [_swiglu(_dot("RD,DF->RF", block_RD, gate_DF), _dot("RD,DF->RF", block_RD, up_DF))]
+        return [_swiglu(few_rows.dot(block_RD, gate_DF), few_rows.dot(block_RD, up_DF))]
 
     (out_RF,) = _map_blocks(compute, [rows_RD], [gate_eDF, up_eDF], groups, [gate_eDF.shape[2]])
     return out_RF
@@ -222,7 +215,7 @@ def _grouped_swiglu(
 
 def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups):
     def compute(block_RD, gate_DF, up_DF):
-        return [_dot("RD,DF->RF", block_RD, gate_DF), _dot("RD,DF->RF", block_RD, up_DF)]
+        return [few_rows.dot(block_RD, gate_DF), few_rows.dot(block_RD, up_DF)]
 
     width = gate_eDF.shape[2]
     gate_RF, up_RF = _map_blocks(compute, [rows_RD], [gate_eDF, up_eDF], groups, [width, width])
@@ -236,7 +229,7 @@ def _grouped_swiglu_backward(residuals, d_out_RF):
     d_gate_RF, d_up_RF = backward(d_out_RF)
 
     def compute(d_gate_RF, d_up_RF, gate_DF, up_DF):
-        return [_dot("RF,DF->RD", d_gate_RF, gate_DF) + _dot("RF,DF->RD", d_up_RF, up_DF)]
+        return [few_rows.dot(d_gate_RF, gate_DF.T) + few_rows.dot(d_up_RF, up_DF.T)]
 
     (d_rows_RD,) = _map_blocks(compute, [d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, [rows_RD.shape[1]])
     if isinstance(gate_eDF, QuantizedArray):
