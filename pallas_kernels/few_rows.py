@@ -22,10 +22,10 @@ def dot(rows_RC: Float[Array, "R C"], matrix_CO: Array) -> Float[Array, "R O"]:
 
     Args:
         rows_RC: bfloat16 or float32.
-        matrix_CO: in the dtype of the rows, or small numbers: int8, int4, float8.
+        matrix_CO: in the dtype of the rows, or in smaller numbers: int8, int4, float8.
     """
     (num_rows, depth), width = rows_RC.shape, matrix_CO.shape[1]
-    if matrix_CO.dtype == rows_RC.dtype:
+    if matrix_CO.dtype.itemsize >= rows_RC.dtype.itemsize:
         padding = int(num_rows == 1 and rows_RC.dtype == jnp.bfloat16)
         rows_RC = jnp.pad(rows_RC, ((0, padding), (0, 0)))
         return jnp.einsum("RC,CO->RO", rows_RC, matrix_CO, preferred_element_type=jnp.float32)[:num_rows]

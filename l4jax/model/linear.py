@@ -54,7 +54,8 @@ def _product(equation: str, x: Float[Array, "..."], kernel: Array) -> Float[Arra
     if on_one_cpu and is_matrix and math.prod(rows) <= few_rows.FEW:
         depth = math.prod(kernel.shape[:num_summed])
         return few_rows.dot(x.reshape(-1, depth), kernel.reshape(depth, -1)).reshape(*rows, *width)
-    return jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    kernel = kernel.astype(x.dtype) if kernel.dtype.itemsize < x.dtype.itemsize else kernel
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
 
 
 def contracted_axes(equation: str, ndim: int) -> tuple[int, ...]:
