@@ -10,9 +10,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from l4jax import ops
-from l4jax.sharding import axis_sizes
-from pallas_kernels import few_rows
-from pallas_kernels.dispatch import target
 
 
 def param(rngs: nnx.Rngs, shape, axes: tuple[str | None, ...], dtype, *, fan_in: int) -> nnx.Param:
@@ -40,22 +37,7 @@ def einsum(equation: str, x: Float[Array, "..."], kernel: Any, dtype=None) -> Fl
     if not isinstance(kernel, ops.QuantizedArray):
         return _einsum(equation, x, kernel, dtype)
     scales = jnp.squeeze(kernel.scales, contracted_axes(equation, kernel.ndim))
-    return (_product(equation, x, kernel.values) * scales).astype(dtype or x.dtype)
-
-
-def _product(equation: str, x: Float[Array, "..."], kernel: Array) -> Float[Array, "..."]:
-    """Returns the einsum in float32. `kernel` may hold small numbers."""
-    of_x, of_kernel, of_y = equation.replace("->", ",").split(",")
-    num_summed = sum(letter not in of_y for letter in of_x)
-    leading, summed = of_x[:-num_summed], of_x[-num_summed:]
-    is_matrix = of_kernel.startswith(summed) and of_y == leading + of_kernel.removeprefix(summed)
-    rows, width = x.shape[: len(leading)], kernel.shape[num_summed:]
-    on_one_cpu = target().platform == "cpu" and math.prod(axis_sizes().values()) == 1
-    if on_one_cpu and is_matrix and math.prod(rows) <= few_rows.FEW:
-        depth = math.prod(kernel.shape[:num_summed])
-        return few_rows.dot(x.reshape(-1, depth), kernel.reshape(depth, -1)).reshape(*rows, *width)
-    kernel = kernel.astype(x.dtype) if kernel.dtype.itemsize < x.dtype.itemsize else kernel
-    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+    return (ops.product(equation, x, kernel.values) * scales).astype(dtype or x.dtype)
 
 
 def contracted_axes(equation: str, ndim: int) -> tuple[int, ...]:
@@ -71,7 +53,7 @@ def _einsum(equation: str, x: Float[Array, "..."], kernel: Float[Array, "..."], 
     Its gradients are einsums too, in the letters of the equation: jax would build the kernel's the other way round and
     transpose it, for which XLA:CPU copies the whole cotangent (three times slower for a large vocabulary).
     """
-    return _product(equation, x, kernel).astype(dtype or x.dtype)
+    return ops.product(equation, x, kernel).astype(dtype or x.dtype)
 
 
 def _einsum_forward(equation, x, kernel, dtype):

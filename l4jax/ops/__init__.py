@@ -7,6 +7,7 @@ from l4jax.ops.cached import attention_to_slots, decode_attention, slot_axes, wr
 from l4jax.ops.experts import routed_experts
 from l4jax.ops.head import map_logits
 from l4jax.ops.low_precision import LowPrecision
+from l4jax.ops.product import product
 from l4jax.ops.self_attention import attention, full_attention, is_balanced, to_balanced, to_natural
 from pallas_kernels import QuantizedArray, merge_partial_attention, quantize
 from pallas_kernels.dispatch import target
@@ -22,6 +23,7 @@ __all__ = [
     "map_logits",
     "merge_partial_attention",
     "platform",
+    "product",
     "quantize",
     "routed_experts",
     "slot_axes",
