@@ -14,6 +14,8 @@ from l4jax.train.config import RunConfig, run_config_from_dict
 
 STATISTICS = {"min": min, "max": max, "mean": statistics.mean, "median": statistics.median}
 LEARNING_RATE = "optimizer.learning_rate"
+BEST_RATE = "best_rate"
+"""What expectations call the learning rate at which an arm would be best, between the points of the grid."""
 _TERM = r"(?P<{0}statistic>min|max|mean|median) (?P<{0}metric>\w+) of (?P<{0}arm>\w+)"
 _EXPECTATION = re.compile(
     _TERM.format("") + r" (?P<sign>>=|<=) (?P<factor>[\d.]+)(?: \* " + _TERM.format("other_") + r")?"
@@ -87,7 +89,8 @@ class SweepConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     """Of the runs."""
     expect: list[str] = field(default_factory=list)
-    """What the results must show, each arm at its best place in the grid: `Expectation`."""
+    """What the results must show, each arm at its best place in the grid: `Expectation`. With a grid of learning rates
+    alone there is one metric more, `best_rate`."""
     transfer: str | None = None
     """Preset or checkpoint to which MetaP carries the best learning rate; the grid has learning rates alone."""
 
@@ -95,9 +98,14 @@ class SweepConfig:
         for name in ("metrics", "arms", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} names nothing; a sweep has at least one of them")
-        if self.transfer is not None and list(self.grid) != [LEARNING_RATE]:
+        if self.transfer is not None and not self.is_over_rates:
             raise ValueError(f"transfer is for a grid of {LEARNING_RATE} alone")
         self.expectations()
+
+    @property
+    def is_over_rates(self) -> bool:
+        """Whether the grid has learning rates alone."""
+        return list(self.grid) == [LEARNING_RATE]
 
     def expectations(self) -> list[Expectation]:
         """Returns what is expected, read.
@@ -105,7 +113,8 @@ class SweepConfig:
         Raises:
             ValueError: a line does not read like one.
         """
-        return [Expectation.parse(text, list(self.arms), list(self.metrics)) for text in self.expect]
+        metrics = [*self.metrics, BEST_RATE] if self.is_over_rates else list(self.metrics)
+        return [Expectation.parse(text, list(self.arms), metrics) for text in self.expect]
 
     def variants(self) -> Iterator[Variant]:
         """Yields what is trained with each seed, in order."""

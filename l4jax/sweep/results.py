@@ -12,7 +12,7 @@ from rich.table import Table
 
 from l4jax import report
 from l4jax.config import PRESETS, load_config, preset
-from l4jax.sweep.config import LEARNING_RATE, SweepConfig, Variant, run_directory
+from l4jax.sweep.config import BEST_RATE, LEARNING_RATE, SweepConfig, Variant, run_directory
 from l4jax.train.config import RunConfig
 from l4jax.train.metap import transferred
 from l4jax.train.metrics import read_metrics
@@ -34,9 +34,18 @@ class Results:
     def of_best(self, sweep: SweepConfig) -> dict[str, dict[str, list[float]]]:
         """Returns values by metric and arm, each arm at its best place in the grid."""
         best = {arm: self.best(sweep, arm) for arm in sweep.arms}
-        return {
+        found = {
             metric: {arm: values[variant] for arm, variant in best.items()} for metric, values in self.values.items()
         }
+        rates = {arm: [self.best_rate(sweep, arm)] for arm in sweep.arms} if sweep.is_over_rates else {}
+        return {**found, BEST_RATE: rates}
+
+    def best_rate(self, sweep: SweepConfig, arm: str) -> float:
+        """Returns the learning rate at which the mean of the first metric would be best, as far as the grid tells."""
+        values = self.values[next(iter(sweep.metrics))]
+        points = [(float(v.point[0][1]), statistics.mean(found)) for v, found in values.items() if v.arm == arm]
+        sign = 1.0 if sweep.goal == "min" else -1.0
+        return best_rate([rate for rate, _ in points], [sign * value for _, value in points])
 
     def plain(self) -> dict[str, Any]:
         return {metric: {v.name: found for v, found in values.items()} for metric, values in self.values.items()}
@@ -86,6 +95,10 @@ def show(sweep: SweepConfig, results: Results, console: Console) -> bool:
             numbers = [*values, statistics.mean(values), max(values) - min(values)]
             table.add_row(variant.name + mark, *(f"{number:.3f}" for number in numbers))
         console.print(table)
+    if sweep.is_over_rates:
+        rates = {arm: results.best_rate(sweep, arm) for arm in sweep.arms}
+        found = ", ".join(f"{arm} {rate:.3g} (2^{np.log2(rate):.2f})" for arm, rate in rates.items())
+        console.print(f"best learning rate, by a parabola: {found}")
     met = True
     for expectation in sweep.expectations():
         holds, came, wanted = expectation.check(results.of_best(sweep))
@@ -110,10 +123,8 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 def show_transfer(sweep: SweepConfig, results: Results, console: Console) -> None:
     """Prints the best learning rate of the first arm, and what it means for the parameters of a larger model."""
-    arm, values = next(iter(sweep.arms)), results.values[next(iter(sweep.metrics))]
-    points = [(float(v.point[0][1]), statistics.mean(x)) for v, x in values.items() if v.arm == arm]
-    sign = 1.0 if sweep.goal == "min" else -1.0
-    rate = best_rate([r for r, _ in points], [sign * value for _, value in points])
+    arm = next(iter(sweep.arms))
+    rate = results.best_rate(sweep, arm)
     run = sweep.settings(Variant(arm, ((LEARNING_RATE, rate),)), sweep.seeds[0], Path())
     if run.metap is None:
         raise ValueError(f"transfer: {arm} has no metap; add metap.base_width and metap.base_depth to it")

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import yaml
@@ -41,7 +42,8 @@ def finished(monkeypatch):
     def start(directory, cores):
         run = yaml.safe_load((directory / "run.yaml").read_text())
         trained.append(directory.name)
-        loss = run["seed"] * (0.1 if run["init"] else 1.0)
+        octaves = math.log2(run["optimizer"]["learning_rate"] / 2e-3)
+        loss = run["seed"] * (0.1 if run["init"] else 1.0) * (1 + octaves**2)
         (directory / "metrics.jsonl").write_text(json.dumps({"step": run["steps"], "loss": loss}) + "\n")
         evaluation = {"step": run["steps"], "held_out": {"exact": 0.4 + run["seed"] / 10}}
         (directory / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
@@ -141,6 +143,22 @@ def test_the_best_rate_lies_between_the_points_of_the_grid():
     assert best_rate(rates, losses) == pytest.approx(2**-6.3)
     assert best_rate(rates[::-1], losses[::-1]) == pytest.approx(2**-6.3)
     assert best_rate(rates, [4, 3, 2, 1]) == rates[-1]
+
+
+def test_the_best_rate_can_be_expected(path, finished, tmp_path, capsys):
+    words = [
+        "metrics={loss: metrics.loss}",
+        "goal=min",
+        "grid={optimizer.learning_rate: [0.6e-3, 1.2e-3, 2.4e-3, 4.8e-3]}",
+    ]
+    holds = ["mean best_rate of first <= 0.00201", "mean best_rate of first >= 0.00199"]
+    fails = ["mean best_rate of second >= 1.1 * mean best_rate of first"]
+    for expected, code in ((holds, 0), (fails, 1)):
+        command = ["sweep", str(path), "--out", str(tmp_path / "out"), *words, f"expect={json.dumps(expected)}"]
+        assert main(command) == code
+    assert "by a parabola: first 0.002 (2^-8.97)" in capsys.readouterr().out
+    assert main(["sweep", str(path), "--out", str(tmp_path / "out"), f"expect={json.dumps(holds)}"]) == 1
+    assert "names 'best_rate', there is exact, loss" in capsys.readouterr().err
 
 
 def test_settings_are_transferred(path, finished, tmp_path, capsys):
