@@ -3,8 +3,8 @@
     python scripts/bench_train.py configs/demo.yaml
     python scripts/bench_train.py configs/demo.yaml --steps 200 data.num_workers=1
 
-The loop runs as always, with checkpoints, metrics and progress; its step is wrapped in a clock. Beside transformers and
-torch's AdamW on the same weights and batch, the step is timed by `scripts/bench_cpu.py pair --ops
+The loop runs as always, with data, checkpoints, metrics and progress; then the same compiled step runs alone. Beside
+transformers and torch's AdamW on the same weights and batch, the step is timed by `scripts/bench_cpu.py pair --ops
 '[{"op": "train", "batch": 1, "tokens": 512}]'`.
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,32 @@ from l4jax.train.data import RunData
 WARM_UP = 10  # steps before the clock starts: the first compiles
 
 
-class Clock:
-    """Wraps the compiled step: the time between its beginning and its result, and all of the time since the warm-up."""
+class Watched:
+    """Wraps the compiled step: notes when it is called, and keeps what the last call was about."""
 
-    def __init__(self):
-        self.in_step = self.total = 0.0
-        self.steps, self._began = 0, 0.0
+    def __init__(self, step: Callable):
+        self._step = step
+        self._calls: list[float] = []
+        self.state = self.rows = self.fixed = None
 
-    def wrap(self, step):
-        def timed(*inputs: Any):
-            began = time.perf_counter()
-            result = jax.block_until_ready(step(*inputs))
-            ended = time.perf_counter()
-            self.steps += 1
-            if self.steps == WARM_UP:
-                self._began = ended
-            elif self.steps > WARM_UP:
-                self.in_step += ended - began
-                self.total = ended - self._began
-            return result
+    def __call__(self, state, rows, fixed):
+        self._calls.append(time.perf_counter())
+        self.state, numbers = self._step(state, rows, fixed)
+        self.rows, self.fixed = rows, fixed
+        return self.state, numbers
 
-        return timed
+    def in_loop(self) -> float:
+        """Returns the seconds of a step in the loop, all that happens between two of them included."""
+        return (self._calls[-1] - self._calls[WARM_UP]) / (len(self._calls) - 1 - WARM_UP)
+
+    def alone(self, times: int) -> float:
+        """Returns the seconds of a step when the same rows are trained on over and over, and nothing else happens."""
+        state, _ = jax.block_until_ready(self._step(self.state, self.rows, self.fixed))
+        began = time.perf_counter()
+        for _ in range(times):
+            state, _ = self._step(state, self.rows, self.fixed)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - began) / times
 
 
 def main() -> None:
@@ -59,21 +65,22 @@ def main() -> None:
     keep_freed_memory()
     config = load_run_config(args.config, args.settings)
     config = dataclasses.replace(config, steps=args.steps + WARM_UP, evaluate={})
-    clock, make = Clock(), loop.make_train_step
-    loop.make_train_step = lambda *inputs, **options: clock.wrap(make(*inputs, **options))
+    watched, make = [], loop.make_train_step
+
+    def make_watched(*inputs: Any, **options: Any) -> Watched:
+        watched.append(Watched(make(*inputs, **options)))
+        return watched[0]
+
+    loop.make_train_step = make_watched
     with tempfile.TemporaryDirectory() as directory:
         data = RunData(config, Path(directory) / "data")
         made = data_speed(data)
         loop.train(config, data, Path(directory) / "run", console=Console(quiet=True))
-    loop.make_train_step = make
-    steps = clock.steps - WARM_UP
-    seconds = clock.total / steps
-    outside = (clock.total - clock.in_step) / clock.total
-    rows = config.data.rows
-    print(f"{seconds * 1e3:.1f} ms a step, of which {outside:.1%} outside of the compiled step, data included")
-    print(
-        f"data alone: {1e3 / made:.1f} ms for {rows} rows, {made * clock.in_step / steps:.1f} times what the step eats"
-    )
+    (step,) = watched
+    with jax.set_mesh(loop.run_mesh(config)):
+        in_loop, alone = step.in_loop(), step.alone(args.steps // 3)
+    print(f"{in_loop * 1e3:.1f} ms a step in the loop, {alone * 1e3:.1f} ms alone: {in_loop / alone - 1:.1%} more")
+    print(f"data alone: {1e3 / made:.1f} ms for {config.data.rows} rows, {made * alone:.1f} times what the step eats")
 
 
 def data_speed(data: RunData, seconds: float = 5.0) -> float:
