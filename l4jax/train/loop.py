@@ -113,7 +113,7 @@ def train(
                 check_settings(run_dir / "config.yaml", config)
             stage = make_stage(config, mesh)
             optimizer = make_optimizer(config.optimizer, config.steps, parallel.first_moment_dtype, stage.scale_by)
-            learning_rate = learning_rate_schedule(config.optimizer, config.steps)
+            learning_rate = jax.jit(learning_rate_schedule(config.optimizer, config.steps))
             ema = config.optimizer.ema_decay
             shardings = state_shardings(
                 abstract_module(stage.make),
