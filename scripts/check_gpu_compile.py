@@ -71,7 +71,10 @@ def shared_bytes() -> dict[str, list[int]]:
 
 
 def registers() -> dict[str, str]:
-    """Returns what ptxas says of the kernels of the last program: registers, and bytes spilled by a thread."""
+    """Returns what ptxas says of the kernels of the last program: registers, and bytes spilled by a thread.
+
+    From jax 0.11 on XLA writes no PTX of a kernel of its own accord, and nothing is found.
+    """
     ptxas = next(iter(glob.glob(f"{sys.prefix}/lib/python3*/site-packages/nvidia/*/bin/ptxas")), None)
     found = {}
     for path in glob.glob(f"{DUMPS.name}/*.ptx") if ptxas else ():
@@ -105,9 +108,10 @@ def main() -> int:
             shared, used, seen = shared_bytes(), registers(), {}
             for work in call.works():
                 nth = seen[work.kernel] = seen.get(work.kernel, -1) + 1
-                own = used.get(f"{work.kernel}__{nth}")  # two equal kernels are one
+                one = used.get(work.kernel, "   ?     ?")  # two equal kernels are one
+                own = used.get(f"{work.kernel}__{nth}", one)
                 print(
-                    f"    {work.kernel:42}{shared[work.kernel][nth] / 1024:9.1f} {own or used[work.kernel]}"
+                    f"    {work.kernel:42}{shared[work.kernel][nth] / 1024:9.1f} {own}"
                     f" {work.flops / 1e12:8.3f} {work.flops / work.least_flops:5.2f}"
                     f" {work.loads / 1e9:8.3f} {work.loads / work.least_bytes:5.2f}",
                     flush=True,

@@ -37,8 +37,8 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.dispatch import target
 from pallas_kernels.gpu import Span, card, dot, load, power_of_two, refuse_platform, refuse_size, store
-from pallas_kernels.grouped_matmul import tiles
-from pallas_kernels.grouped_matmul.finish import add, itself, swiglu, swiglu_and_parts
+from pallas_kernels.grouped_matmul import gradients, tiles
+from pallas_kernels.grouped_matmul.gradients import Kernels, Stack
 from pallas_kernels.grouped_matmul.groups import of_layer
 from pallas_kernels.quantized import QuantizedArray
 
@@ -94,69 +94,80 @@ def locate_block(nth: Array, sizes_ref, offset_ref, num_rows: int, size: int) ->
     return Block(group - offset_ref[0], pick(ends - sizes + (nth - before) * size), pick(ends))
 
 
-def _read(weight, group: Array, rows: Span, cols: Span, scaled: bool, dtype) -> Array:
-    """Returns a tile of a group's matrix in a dtype to multiply in.
+def _read(weight, matrix: Array, rows: Span, cols: Span, scaled: bool, dtype) -> Array:
+    """Returns a tile of a matrix in a dtype to multiply in.
 
     Args:
         scaled: whether quantised weights are multiplied by their scales, of which the rows of the tile share one.
     """
     if not isinstance(weight, QuantizedArray):
-        return load(weight, group, rows, cols)
-    if _is_packed(weight):
-        half = Span.block(cols.start // cols.size, cols.size // 2, weight.values.shape[2])
-        pairs = load(weight.values, group, rows, half)
-        # Sixteen times the numbers: their four bits stay at the upper end of eight.
-        values = jnp.stack([pairs << 4, pairs & -16], -1).reshape(rows.size, cols.size)
-    else:
-        values = load(weight.values, group, rows, cols)
+        return load(weight, matrix, rows, cols)
+    numbers = _per_word(weight)
+    part = Span.block(cols.start // cols.size, cols.size // numbers, weight.values.shape[2])
+    values = _unpack(load(weight.values, matrix, rows, part), numbers).reshape(rows.size, cols.size)
     if not scaled:
         return values.astype(dtype)
     rows_per_scale = weight.values.shape[1] // weight.scales.shape[1]
-    return (values.astype(jnp.float32) * _read_scales(weight, group, rows.start // rows_per_scale, cols)).astype(dtype)
+    return (values.astype(jnp.float32) * _read_scales(weight, matrix, rows.start // rows_per_scale, cols)).astype(dtype)
 
 
-def _read_scales(weight: QuantizedArray, group: Array, nth: Array | np.integer, cols: Span) -> Array:
-    """Returns the nth scales of some columns of a group's matrix, for what `_read` makes of the values."""
-    scales = load(weight.scales, group, nth, cols)
-    return scales * 0.0625 if _is_packed(weight) else scales
+def _read_scales(weight: QuantizedArray, matrix: Array, nth: Array | np.integer, cols: Span) -> Array:
+    """Returns the nth scales of some columns of a matrix, for what `_read` makes of the values."""
+    scales = load(weight.scales, matrix, nth, cols)
+    return scales * 16.0 ** (1 - numbers) if (numbers := _per_word(weight)) > 1 else scales
 
 
-def _is_packed(weight: QuantizedArray) -> bool:
-    return weight.values.shape[2] != weight.scales.shape[2]
+def _per_word(weight: QuantizedArray) -> int:
+    """Returns how many neighbouring columns share a number in memory."""
+    return weight.scales.shape[2] // weight.values.shape[2]
+
+
+def _unpack(words: Array, count: int) -> Array:
+    """Returns the int4 in each word, times 16 ** (count - 1): their four bits stay at the upper end of the word."""
+
+    def in_order(parts):
+        return parts[0] if len(parts) == 1 else jnp.stack([in_order(parts[0::2]), in_order(parts[1::2])], -1)
+
+    top = -(16 ** (count - 1))  # a mask
+    return words if count == 1 else in_order([words << 4 * (count - 1 - nth) & top for nth in range(count)])
 
 
 def multiply(
     rows: list[Array],
     weights: list[Array | QuantizedArray],
     groups: Groups,
+    num_local: int,
     finish: Callable[..., list[Array]],
     transposed: bool = False,
     num_results: int = 1,
+    first_matrix: int | Int[Array, ""] = 0,
     interpret: bool = False,
 ) -> Sequence[Array]:
     """Returns `finish(*products)` of every row with its group's weights; rows of no group give zeros.
 
     Args:
         rows: [R, depth]; one array for all weights, or one for each.
-        weights: [e, depth, width], or [e, width, depth] if transposed.
-        groups: of which the e matrices are some.
+        weights: [m, depth, width], or [m, width, depth] if transposed.
+        groups: all of them.
+        num_local: of how many groups the matrices are held here.
         finish: takes float32 products, one per weight, to a list of results; element-wise.
         transposed: see weights.
         num_results: length of that list.
+        first_matrix: which of the m matrices is that of the first group that is held here.
     """
     (num_rows, depth), dtype = rows[0].shape, rows[0].dtype
-    num_local, width = weights[0].shape[0], weights[0].shape[1 if transposed else 2]
+    width = weights[0].shape[1 if transposed else 2]
     num_scales = weights[0].scales.shape[1] if isinstance(weights[0], QuantizedArray) else 0
     t = row_tiles_for(rows, weights, groups.sizes_E.shape[0], transposed)
     num_blocks = most_blocks(num_rows, groups.sizes_E.shape[0], t.rows)
     together = min(t.together, num_blocks)
 
-    def grouped_rows_times_weights(groups, rows, weights, *results):
+    def grouped_rows_times_weights(groups, first_matrix, rows, weights, *results):
         nth = pl.program_id(2) * together + pl.program_id(0)
         group, first, end = locate_block(nth, groups.sizes_E, groups.offset, num_rows, t.rows)
         block = Span(first, t.rows, first + jnp.arange(t.rows) < end)
         cols = Span.block(pl.program_id(1), t.cols, width)
-        held = (group >= 0) & (group < num_local)
+        held, matrix = (group >= 0) & (group < num_local), first_matrix[0] + group
 
         def write(values):
             for result, value in zip(results, values, strict=True):
@@ -168,7 +179,7 @@ def multiply(
             place = (cols, numbers) if transposed else (numbers, cols)
             scaled = transposed or num_scales > 1
             return [
-                product + dot(x, _read(weight, group, *place, scaled, dtype), (1, int(transposed)), interpret)
+                product + dot(x, _read(weight, matrix, *place, scaled, dtype), (1, int(transposed)), interpret)
                 for product, x, weight in zip(products, blocks, weights, strict=True)
             ]
 
@@ -177,7 +188,7 @@ def multiply(
             zeros = [jnp.zeros((t.rows, t.cols), jnp.float32) for _ in weights]
             products = lax.fori_loop(0, pl.cdiv(depth, t.depth), add_products, zeros)
             if num_scales == 1 and not transposed:  # one scale for each column: it multiplies the sums
-                scales = (_read_scales(weight, group, np.int32(0), cols) for weight in weights)
+                scales = (_read_scales(weight, matrix, np.int32(0), cols) for weight in weights)
                 products = [product * scale for product, scale in zip(products, scales, strict=True)]
             write(finish(*products))
 
@@ -193,7 +204,7 @@ def multiply(
         compiler_params=plgpu.CompilerParams(num_warps=t.num_warps, num_stages=t.num_stages),
         interpret=interpret,
         name="grouped_rows_times_weights",
-    )(groups, rows, [_packed(weight) for weight in weights])
+    )(groups, jnp.asarray(first_matrix, jnp.int32).reshape(1), rows, [_packed(weight) for weight in weights])
 
 
 def row_tiles_for(rows, weights, num_groups: int, transposed: bool) -> tiles.GpuRowTiles:
@@ -211,11 +222,19 @@ def row_tiles_for(rows, weights, num_groups: int, transposed: bool) -> tiles.Gpu
 
 
 def _packed(weight: Array | QuantizedArray) -> Array | QuantizedArray:
-    """Returns int4 as int8, two neighbouring columns in each: that is how a GPU holds them, so nothing moves."""
+    """Returns int4 as int8, two neighbouring columns in each: that is how a GPU holds them, so nothing moves.
+
+    Where Triton could not address so many bytes (a stack of Scout's layers), as int16, four columns in each.
+    """
     if not isinstance(weight, QuantizedArray) or weight.dtype != jnp.int4:
         return weight
-    pairs = weight.values.reshape(*weight.shape[:2], -1, 2)
-    return QuantizedArray(lax.bitcast_convert_type(pairs, jnp.int8), weight.scales)
+
+    def words(dtype):
+        grouped = weight.values.reshape(*weight.shape[:2], -1, jnp.iinfo(dtype).bits // 4)
+        return lax.bitcast_convert_type(grouped, dtype)
+
+    too_many = refuse_size(weights=jax.eval_shape(lambda: words(jnp.int8))) is not None
+    return QuantizedArray(words(jnp.int16 if too_many and weight.shape[2] % 4 == 0 else jnp.int8), weight.scales)
 
 
 def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_local: int, interpret: bool = False) -> Array:
@@ -249,67 +268,33 @@ def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_local: 
     )(groups, rows_RD, others_RF)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(rows_RD, weights_eDF, groups, interpret):
-    return multiply([rows_RD], [weights_eDF], groups, itself, interpret=interpret)[0]
+def _stack(weights: Array | QuantizedArray, layer: int | Int[Array, ""] | None) -> Stack:
+    """Returns the weights where they lie, or a copy of the layer where Triton cannot address all of them."""
+    whole = Stack.of(weights, layer)
+    if layer is None or _refuse_size(whole.weights_mDF) is None:
+        return whole
+    return Stack.of(of_layer(weights, layer), None)
 
 
-def _grouped_matmul_forward(rows_RD, weights_eDF, groups, interpret):
-    return _grouped_matmul(rows_RD, weights_eDF, groups, interpret), (rows_RD, weights_eDF, groups)
-
-
-def _grouped_matmul_backward(interpret, residuals, d_out_RF):
-    rows_RD, weights_eDF, groups = residuals
-    (d_rows_RD,) = multiply([d_out_RF], [weights_eDF], groups, itself, transposed=True, interpret=interpret)
-    if isinstance(weights_eDF, QuantizedArray):
-        return d_rows_RD, None, None
-    return d_rows_RD, outer_products(rows_RD, d_out_RF, groups, weights_eDF.shape[0], interpret), None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped_swiglu(rows_RD, gate_eDF, up_eDF, groups, interpret):
-    return multiply([rows_RD], [gate_eDF, up_eDF], groups, swiglu, interpret=interpret)[0]
-
-
-def _grouped_swiglu_forward(rows_RD, gate_eDF, up_eDF, groups, interpret):
-    out_RF, gate_RF, up_RF = multiply(
-        [rows_RD], [gate_eDF, up_eDF], groups, swiglu_and_parts, num_results=3, interpret=interpret
-    )
-    return out_RF, (rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF)
-
-
-def _grouped_swiglu_backward(interpret, residuals, d_out_RF):
-    rows_RD, gate_eDF, up_eDF, groups, gate_RF, up_RF = residuals
-    _, backward = jax.vjp(swiglu, gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32))
-    d_gate_RF, d_up_RF = (d.astype(rows_RD.dtype) for d in backward([d_out_RF.astype(jnp.float32)]))
-    (d_rows_RD,) = multiply([d_gate_RF, d_up_RF], [gate_eDF, up_eDF], groups, add, transposed=True, interpret=interpret)
-    if isinstance(gate_eDF, QuantizedArray):
-        return d_rows_RD, None, None, None
-    d_gate_eDF, d_up_eDF = (
-        outer_products(rows_RD, d_RF, groups, gate_eDF.shape[0], interpret) for d_RF in (d_gate_RF, d_up_RF)
-    )
-    return d_rows_RD, d_gate_eDF, d_up_eDF, None
-
-
-_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-_grouped_swiglu.defvjp(_grouped_swiglu_forward, _grouped_swiglu_backward)
-
-
-def _groups(group_sizes_E, group_offset) -> Groups:
+def _call(group_sizes_E, group_offset, num_local: int, interpret: bool) -> tuple[Groups, Kernels]:
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
-    return Groups(group_sizes_E.astype(jnp.int32), offset.reshape(1))
+    static = dict(num_local=num_local, interpret=interpret)
+    kernels = Kernels(functools.partial(multiply, **static), functools.partial(outer_products, **static))
+    return Groups(group_sizes_E.astype(jnp.int32), offset.reshape(1)), kernels
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def grouped_matmul(rows_RD, weights, group_sizes_E, group_offset=None, layer=None, interpret=False):
-    weights_eDF = of_layer(weights, layer)  # a copy: offsets in a whole stack would go beyond 32 bits
-    return _grouped_matmul(rows_RD, weights_eDF, _groups(group_sizes_E, group_offset), interpret)
+    stack = _stack(weights, layer)
+    groups, kernels = _call(group_sizes_E, group_offset, stack.num_local, interpret)
+    return gradients.grouped_matmul(rows_RD, stack.weights_mDF, groups, stack.first, kernels)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def grouped_swiglu(rows_RD, gate, up, group_sizes_E, group_offset=None, layer=None, interpret=False):
-    gate_eDF, up_eDF = of_layer(gate, layer), of_layer(up, layer)
-    return _grouped_swiglu(rows_RD, gate_eDF, up_eDF, _groups(group_sizes_E, group_offset), interpret)
+    stack, ups_mDF = _stack(gate, layer), _stack(up, layer).weights_mDF
+    groups, kernels = _call(group_sizes_E, group_offset, stack.num_local, interpret)
+    return gradients.grouped_swiglu(rows_RD, stack.weights_mDF, ups_mDF, groups, stack.first, kernels)
 
 
 def refuse(rows_RD, *weights_and_groups) -> str | None:
@@ -336,5 +321,10 @@ def refuse_arguments(rows_RD, *weights_and_groups) -> str | None:
         return f"scales for groups of {group_size} numbers; a product takes 16, groups need a multiple of it"
     if first.dtype == jnp.int4 and F % 2:
         return f"{F} columns of int4, of which two share a byte"
-    packed = jax.eval_shape(_packed, first)
-    return refuse_size(weights=packed.values)
+    return _refuse_size(first)
+
+
+def _refuse_size(weights: Array | QuantizedArray) -> str | None:
+    """Returns why Triton cannot address some matrices, None if it can."""
+    packed = jax.eval_shape(_packed, weights)
+    return refuse_size(weights=packed.values) if isinstance(packed, QuantizedArray) else None

@@ -40,8 +40,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from pallas_kernels.grouped_matmul import tiles
-from pallas_kernels.grouped_matmul.finish import add, itself, swiglu, swiglu_and_parts
+from pallas_kernels.grouped_matmul import gradients, tiles
+from pallas_kernels.grouped_matmul.gradients import Kernels, Stack
 from pallas_kernels.grouped_matmul.groups import Groups, local_groups
 from pallas_kernels.quantized import QuantizedArray
 from pallas_kernels.tpu import INTERPRET, refuse_platform
@@ -423,89 +423,25 @@ def outer_products(rows_RD: Array, others_RF: Array, groups: Groups, num_groups:
     )(steps, rows_RD, others_RF)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _grouped_matmul(rows_RD, weights_mDF, groups, first_matrix, num_groups, interpret):
+def _kernels(num_groups: int, interpret: bool) -> Kernels:
     static = dict(num_groups=num_groups, interpret=interpret)
-    return multiply([rows_RD], [weights_mDF], groups, finish=itself, first_matrix=first_matrix, **static)[0]
-
-
-def _grouped_matmul_forward(rows_RD, weights_mDF, groups, first_matrix, num_groups, interpret):
-    out_RF = _grouped_matmul(rows_RD, weights_mDF, groups, first_matrix, num_groups, interpret)
-    return out_RF, (rows_RD, weights_mDF, groups, first_matrix)
-
-
-def _grouped_matmul_backward(num_groups, interpret, residuals, d_out_RF):
-    rows_RD, weights_mDF, groups, first_matrix = residuals
-    static = dict(num_groups=num_groups, interpret=interpret)
-    (d_rows_RD,) = multiply(
-        [d_out_RF], [weights_mDF], groups, finish=itself, transposed=True, first_matrix=first_matrix, **static
-    )
-    if isinstance(weights_mDF, QuantizedArray):
-        return d_rows_RD, None, None, None
-    d_weights_eDF = outer_products(rows_RD, d_out_RF, groups, **static)
-    return d_rows_RD, _in_stack(d_weights_eDF, weights_mDF, first_matrix), None, None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _grouped_swiglu(rows_RD, gate_mDF, up_mDF, groups, first_matrix, num_groups, interpret):
-    static = dict(num_groups=num_groups, interpret=interpret)
-    return multiply([rows_RD], [gate_mDF, up_mDF], groups, finish=swiglu, first_matrix=first_matrix, **static)[0]
-
-
-def _grouped_swiglu_forward(rows_RD, gate_mDF, up_mDF, groups, first_matrix, num_groups, interpret):
-    static = dict(num_groups=num_groups, num_results=3, interpret=interpret)
-    out_RF, gate_RF, up_RF = multiply(
-        [rows_RD], [gate_mDF, up_mDF], groups, finish=swiglu_and_parts, first_matrix=first_matrix, **static
-    )
-    return out_RF, (rows_RD, gate_mDF, up_mDF, groups, first_matrix, gate_RF, up_RF)
-
-
-def _grouped_swiglu_backward(num_groups, interpret, residuals, d_out_RF):
-    rows_RD, gate_mDF, up_mDF, groups, first_matrix, gate_RF, up_RF = residuals
-    static = dict(num_groups=num_groups, interpret=interpret)
-    _, backward = jax.vjp(swiglu, gate_RF.astype(jnp.float32), up_RF.astype(jnp.float32))
-    d_gate_RF, d_up_RF = (d.astype(rows_RD.dtype) for d in backward([d_out_RF.astype(jnp.float32)]))
-    ds, weights = [d_gate_RF, d_up_RF], [gate_mDF, up_mDF]
-    (d_rows_RD,) = multiply(ds, weights, groups, finish=add, transposed=True, first_matrix=first_matrix, **static)
-    if isinstance(gate_mDF, QuantizedArray):
-        return d_rows_RD, None, None, None, None
-    d_gate_mDF, d_up_mDF = (
-        _in_stack(outer_products(rows_RD, d_RF, groups, **static), weight_mDF, first_matrix)
-        for d_RF, weight_mDF in zip(ds, weights, strict=True)
-    )
-    return d_rows_RD, d_gate_mDF, d_up_mDF, None, None
-
-
-_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-_grouped_swiglu.defvjp(_grouped_swiglu_forward, _grouped_swiglu_backward)
-
-
-def _in_stack(d_weights_eDF: Array, weights_mDF: Array, first_matrix) -> Array:
-    """Returns the gradient of all matrices, where only some took part."""
-    if d_weights_eDF.shape == weights_mDF.shape:
-        return d_weights_eDF
-    return lax.dynamic_update_slice_in_dim(jnp.zeros_like(weights_mDF), d_weights_eDF, first_matrix, 0)
-
-
-def _without_layers(weights, layer):
-    """Returns weights [L, e, D, F] as [L * e, D, F], e, and which of them is the first of the layer."""
-    num_local = weights.shape[-3]
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[-2:]), weights)
-    return flat, num_local, 0 if layer is None else layer * num_local
+    return Kernels(functools.partial(multiply, **static), functools.partial(outer_products, **static))
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def grouped_matmul(rows_RD, weights, group_sizes_E, group_offset=None, layer=None, interpret=False):
-    weights_mDF, num_local, first = _without_layers(weights, layer)
-    groups = local_groups(group_sizes_E, group_offset, num_local)
-    return _grouped_matmul(rows_RD, weights_mDF, groups, first, group_sizes_E.shape[0], interpret)
+    stack = Stack.of(weights, layer)
+    groups = local_groups(group_sizes_E, group_offset, stack.num_local)
+    kernels = _kernels(group_sizes_E.shape[0], interpret)
+    return gradients.grouped_matmul(rows_RD, stack.weights_mDF, groups, stack.first, kernels)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def grouped_swiglu(rows_RD, gate, up, group_sizes_E, group_offset=None, layer=None, interpret=False):
-    (gate_mDF, num_local, first), (up_mDF, _, _) = _without_layers(gate, layer), _without_layers(up, layer)
-    groups = local_groups(group_sizes_E, group_offset, num_local)
-    return _grouped_swiglu(rows_RD, gate_mDF, up_mDF, groups, first, group_sizes_E.shape[0], interpret)
+    stack = Stack.of(gate, layer)
+    groups = local_groups(group_sizes_E, group_offset, stack.num_local)
+    kernels, ups_mDF = _kernels(group_sizes_E.shape[0], interpret), Stack.of(up, layer).weights_mDF
+    return gradients.grouped_swiglu(rows_RD, stack.weights_mDF, ups_mDF, groups, stack.first, kernels)
 
 
 def refuse(rows_RD, *weights_and_groups) -> str | None:

@@ -28,20 +28,22 @@ def no_races():
 
 @pytest.fixture
 def triton(monkeypatch):
-    """The name of one more implementation of every op: the GPU kernels, interpreted on a CPU."""
-    name = "triton"
+    """The name of one more implementation of every op: the GPU kernels, interpreted on a CPU, compiled on a GPU."""
+    name, interpret = "triton", dispatch.target().platform != "gpu"
     for module, ops, refuse in (
         (attention_gpu, ("attention", "attention_gradients"), "refuse_arrays"),
         (decode_gpu, ("decode_attention",), "refuse_arguments"),
         (grouped_gpu, ("grouped_matmul", "grouped_swiglu"), "refuse_arguments"),
     ):
         for op in ops:
-            run = functools.partial(getattr(module, op), interpret=True)
+            run = functools.partial(getattr(module, op), interpret=interpret)
             added = dispatch.Implementation(run, getattr(module, refuse))
             monkeypatch.setitem(dispatch._registry[op], name, added)
-    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is spent in XLA, for one run each
-    yield name
-    jax.config.update("jax_disable_most_optimizations", False)
+    # Interpreted, most of the time is spent in XLA, for one run each. On a GPU the reference would compute in TF32.
+    with jax.default_matmul_precision(None if interpret else "highest"):
+        jax.config.update("jax_disable_most_optimizations", interpret)
+        yield name
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pallas_kernels.attention.tiles import gpu_tiles
 from pallas_kernels.decode_attention.tiles import choose_gpu_tiles
 from pallas_kernels.grouped_matmul import gpu as grouped
 from pallas_kernels.grouped_matmul import tiles as grouped_tiles
+from pallas_kernels.grouped_matmul.gradients import Stack
 from pallas_kernels.shapes import TEXT_SHAPES, VISION_SHAPES
 
 scout, vision = TEXT_SHAPES["scout"], VISION_SHAPES["llama4-vision"]
@@ -77,7 +78,9 @@ def gradients(function, argnums, *arguments, cotangents):
 # --- Routed experts ---------------------------------------------------------------------------------------------------
 
 
-def grouped_call(op, num_rows, num_experts, held, matrix, dtype=None, group_size=None, gradient=False, rows="bfloat16"):
+def grouped_call(
+    op, num_rows, num_experts, held, matrix, dtype=None, group_size=None, gradient=False, rows="bfloat16", layers=None
+):
     """Returns a call with random groups.
 
     Args:
@@ -85,16 +88,18 @@ def grouped_call(op, num_rows, num_experts, held, matrix, dtype=None, group_size
         matrix: its shape.
         dtype: of quantised weights.
         group_size: numbers along the matrix that share a scale; None means all.
+        layers: how many have their weights in one stack; None means no stack.
     """
     (depth, width), num_weights = matrix, 2 if op is grouped_swiglu else 1
-    weights = array(held, depth, width, dtype=dtype or rows)
+    leading = (held,) if layers is None else (layers, held)
+    weights = array(*leading, depth, width, dtype=dtype or rows)
     if dtype is not None:
-        weights = QuantizedArray(weights, array(held, depth // (group_size or depth), width, dtype="float32"))
-    x, sizes, offset = array(num_rows, depth, dtype=rows), array(num_experts, dtype="int32"), array(dtype="int32")
-    weights = [weights] * num_weights
+        weights = QuantizedArray(weights, array(*leading, depth // (group_size or depth), width, dtype="float32"))
+    x, sizes, number = array(num_rows, depth, dtype=rows), array(num_experts, dtype="int32"), array(dtype="int32")
+    weights, offset, layer = [weights] * num_weights, None if held == num_experts else number, layers and number
 
-    def function(x, weights, sizes, offset):
-        return op(x, *weights, sizes, None if held == num_experts else offset, implementation="pallas")
+    def function(x, weights, sizes, offset, layer):
+        return op(x, *weights, sizes, offset, layer, implementation="pallas")
 
     def works():
         groups = np.random.default_rng(0).multinomial(num_rows, [1 / num_experts] * num_experts)[:held]
@@ -108,15 +113,16 @@ def grouped_call(op, num_rows, num_experts, held, matrix, dtype=None, group_size
         return [*([forward] if op is grouped_swiglu else []), backward, *outer]
 
     if not gradient:
-        return Call(function, (x, weights, sizes, offset), works)
+        return Call(function, (x, weights, sizes, offset, layer), works)
     argnums = (0, 1) if dtype is None else (0,)
     cotangents = array(num_rows, width, dtype=rows)
-    return Call(*gradients(function, argnums, x, weights, sizes, offset, cotangents=cotangents), works)
+    return Call(*gradients(function, argnums, x, weights, sizes, offset, layer, cotangents=cotangents), works)
 
 
 def rows_work(rows, weights, groups, num_experts, transposed, num_results):
+    weights = [jax.eval_shape(lambda w: Stack.of(w, None).weights_mDF, weight) for weight in weights]
     t = grouped.row_tiles_for(rows, weights, num_experts, transposed)
-    depth, width = weights[0].shape[1:][::-1] if transposed else weights[0].shape[1:]
+    depth, width = weights[0].shape[-2:][::-1] if transposed else weights[0].shape[-2:]
     num_blocks, num_rows = sum(-(-groups // t.rows)), sum(groups)
     itemsize, weight_bytes = rows[0].dtype.itemsize, grouped_tiles.bits(weights[0].dtype) / 8
     flops = 2 * len(weights) * depth * width
@@ -174,7 +180,8 @@ def attention_call(
             segments = None, None
         else:
             segments = tuple(1 + np.arange(length)[None] * num_segments // length for length in (T, S))
-        labels = make_labels((1, T, S), *given, *segments, causal, chunk_size)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # counted here, not on the target
+            labels = make_labels((1, T, S), *given, *segments, causal, chunk_size)
         labels = [type(x)(*(None if y is None else np.asarray(y) for y in x)) for x in labels]
         seen = count_visible(*labels)
         kernels = gpu_tiles(q.dtype.itemsize)
@@ -288,6 +295,10 @@ CALLS = {
     "Scout decode in int4, down": lambda: grouped_call(grouped_matmul, 64, 16, 16, TALL, **INT4),
     "Scout decode in int8, one row": lambda: grouped_call(grouped_matmul, 1, 16, 16, TALL, "int8"),
     "Scout decode in int4, one row": lambda: grouped_call(grouped_swiglu, 1, 16, 16, WIDE, **INT4),
+    "Scout decode, 16 layers in a stack": lambda: grouped_call(grouped_swiglu, 64, 16, 16, WIDE, layers=16),
+    "Scout decode in int4, 12 layers in a stack": lambda: grouped_call(
+        grouped_swiglu, 64, 16, 16, WIDE, **INT4, layers=12
+    ),
     "Scout prefill in int8": lambda: grouped_call(grouped_swiglu, 8192, 16, 16, WIDE, "int8"),
     "Scout prefill in int8 by groups": lambda: grouped_call(grouped_matmul, 8192, 16, 16, TALL, "int8", 128),
     "Scout prefill in int4": lambda: grouped_call(grouped_swiglu, 8192, 16, 16, WIDE, **INT4),

@@ -1,11 +1,14 @@
 """The Triton kernels of the routed expert matmuls, interpreted: the suite that every implementation passes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import QuantizedArray
+from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.gpu import most_blocks
 from tests.pallas_kernels import test_grouped_matmul as suite
 from tests.pallas_kernels.helpers import assert_close
@@ -61,6 +64,35 @@ def test_tiles_of_a_real_gpu(triton, tiles_of_h100, op, dtype, group_sizes):
     arguments = inputs(op, sum(group_sizes) + 4, group_sizes, dtype, 160, 300)
     results = value_and_gradients(op, triton, *arguments)
     assert_close(results, value_and_gradients(op, "reference", *arguments), dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_int4_by_fours_where_pairs_would_be_too_many(triton, monkeypatch, op):
+    def refuse_bytes(weights):
+        return "too many" if weights.dtype == jnp.int8 else None
+
+    monkeypatch.setattr(gpu, "refuse_size", refuse_bytes)
+    jax.clear_caches()
+    suite.test_quantized_weights_equal_dequantized_ones(triton, op, jnp.int4, None)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_a_layer_of_stacked_weights(triton, op, quantized):
+    suite.test_a_layer_of_stacked_weights(triton, op, quantized)
+
+
+def test_a_layer_of_a_stack_that_triton_cannot_address():
+    """8-bit numbers of 2 to 4 GiB: the layer is taken out of the stack first."""
+    stack = QuantizedArray(
+        jax.ShapeDtypeStruct((3, 8, 8192, 16384), jnp.int8), jax.ShapeDtypeStruct((3, 8, 1, 16384), jnp.float32)
+    )
+    assert jax.eval_shape(gpu._stack, stack, jnp.int32(1)).weights_mDF.shape == (8, 8192, 16384)
+    assert jax.eval_shape(gpu._stack, jax.tree.map(half, stack), jnp.int32(1)).weights_mDF.shape == (24, 8192, 8192)
+
+
+def half(leaf):
+    return jax.ShapeDtypeStruct((*leaf.shape[:-1], leaf.shape[-1] // 2), leaf.dtype)
 
 
 @pytest.mark.parametrize("op", OPS)
