@@ -1,9 +1,10 @@
 """What all GPU kernels share: when they can run, and the few operations that Triton wants in a form of its own.
 
 The kernels are Pallas through Triton, for every NVIDIA GPU from Ampere on. Mosaic GPU, the alternative, is for Hopper
-and later; what it lets one arrange by hand (TMA, warp specialisation) pays off when it is tuned on such a GPU. Triton's
-kernels can be checked without one: their numbers by `interpret=True` on a CPU, and that they compile for sm_90, with
-which registers and shared memory, by `scripts/check_gpu_compile.sh`. Nobody has timed them.
+and later, and lets one arrange by hand what cuDNN has over these kernels (TMA, warp specialisation). Triton's kernels
+can be checked without a GPU: their numbers by `interpret=True` on a CPU, and that they compile for sm_90 by
+`scripts/check_gpu_compile.sh`. Times in these files are those of an H200 (jax 0.11.2). From jax 0.11 on Pallas says
+that its way through Triton will be removed.
 
 Every array in a kernel has a power of two of numbers; memory is read and written by explicit loads and stores; Triton
 makes a loop over loads into a pipeline that fills shared memory ahead of the products.
@@ -104,18 +105,24 @@ class Span(NamedTuple):
         return pl.ds(self.start, self.size)
 
 
-def load(ref, *index: Span | Array | int | np.integer) -> Array:
+def load(ref, *index: Span | Array | int) -> Array:
     """Returns a part of an array in memory, zeros for what does not exist: an axis for each span."""
-    return plgpu.load(_view(ref, index), mask=(mask := _mask(index)), other=None if mask is None else 0)
+    zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0  # an integer cannot become float8
+    return plgpu.load(_view(ref, index), mask=(mask := _mask(index)), other=None if mask is None else zero)
 
 
-def store(ref, value: Array, *index: Span | Array | int | np.integer) -> None:
+def store(ref, value: Array, *index: Span | Array | int) -> None:
     """Writes a part of an array, where it exists."""
     plgpu.store(_view(ref, index), value.astype(ref.dtype), mask=_mask(index))
 
 
 def _view(ref, index):
-    return ref.at[tuple(part.at if isinstance(part, Span) else part for part in index)]
+    def of(part):
+        if isinstance(part, Span):
+            return part.at
+        return np.int32(part) if isinstance(part, int) else part  # interpreted, an index has a shape
+
+    return ref.at[tuple(map(of, index))]
 
 
 def _mask(index):
@@ -142,6 +149,52 @@ def exp2(x: Array, factor: float, shift: Array, interpret: bool) -> Array:
         constraints="=f,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return result
+
+
+INT4_PER_WORD = 4
+
+
+def unpack_int4(words: Array, dtype: jnp.dtype, interpret: bool) -> list[Array]:
+    """Returns the four int4 of each int16, lowest bits first, in an array of the same shape for each place."""
+    if interpret or dtype != jnp.bfloat16:
+        return [((words << (12 - 4 * nth)) >> 12).astype(dtype) for nth in range(INT4_PER_WORD)]
+    # bfloat16 keeps 8 bits: 128 + n is 0x4300 + n for n below 128. Three instructions make two numbers, of two words
+    # that share a register; to convert an integer takes the time of eight. Four bits ^ 8 are a number + 8, so 128 + 8
+    # are too many; 0x6A is (a & b) ^ c.
+    return [
+        _to_bfloat16(
+            f"{{ .reg .b32 t, one, bias; mov.b32 one, 0x3F803F80; mov.b32 bias, 0xC308C308; shr.b32 t, $1, {4 * nth}; "
+            "lop3.b32 t, t, 0x000F000F, 0x43084308, 0x6A; fma.rn.bf16x2 $0, t, one, bias; }",
+            words,
+        )
+        for nth in range(INT4_PER_WORD)
+    ]
+
+
+def widen(values: Array, dtype: jnp.dtype, interpret: bool) -> Array:
+    """Returns numbers of 8 bits in a dtype to multiply in."""
+    if interpret or (values.dtype, dtype) != (jnp.int8, jnp.bfloat16):
+        return values.astype(dtype)
+    # 2 ** 23 + n is 0x4B000000 + n in float32, made by moving a byte. A byte ^ 128 is a number + 128.
+    places = "".join(f"prmt.b32 f{n}, u, 0x4B000000, 0x744{n}; sub.rn.f32 f{n}, f{n}, bias; " for n in range(4))
+    return _to_bfloat16(
+        "{ .reg .b32 u; .reg .f32 f0, f1, f2, f3, bias; mov.b32 bias, 0x4B000080; xor.b32 u, $2, 0x80808080; "
+        f"{places}cvt.rn.bf16x2.f32 $0, f1, f0; cvt.rn.bf16x2.f32 $1, f3, f2; }}",
+        values,
+    )
+
+
+def _to_bfloat16(asm: str, array: Array) -> Array:
+    """Returns what the instructions make of four bytes at a time."""
+    count = 4 // array.dtype.itemsize
+    [result] = plgpu.elementwise_inline_asm(
+        asm,
+        args=[array],
+        constraints=",".join(["=r"] * (count // 2) + ["r"]),
+        pack=count,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(array.shape, jnp.bfloat16)],
     )
     return result
 

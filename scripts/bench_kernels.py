@@ -119,12 +119,13 @@ def time(options: argparse.Namespace) -> list[Row]:
     from kernels import timing
 
     _refuse_unknown(options.names, timing.OPS)
-    rows = timing.run(options.names or list(timing.OPS), options.shape, options.rounds, _progress)
     print(f"\n{timing.describe()}\n")
     print(
         "| op | implementation | ms | spread | TFLOP/s | of a matmul | over the first |\n|---|---|---|---|---|---|---|"
     )
-    for row in rows:
+    rows = []
+    for row in timing.run(options.names or list(timing.OPS), options.shape, options.rounds, _progress):
+        rows.append(row)
         if "error" not in row:
             cells = [
                 row["op"],
@@ -135,7 +136,7 @@ def time(options: argparse.Namespace) -> list[Row]:
                 f"{row['of_matmul']:.0%}",
                 f"{row['speed_up']:.2f}x" if "speed_up" in row else "",
             ]
-            print("| " + " | ".join(cells) + " |")
+            print("| " + " | ".join(cells) + " |", flush=True)
     print("\nNot timed:")
     for row in rows:
         if "error" in row:

@@ -28,7 +28,7 @@ SAVE_EVERY = 25
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=800, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=0, help="processes that read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
@@ -44,10 +44,12 @@ def check(directory: Path, kills: int, steps: int, workers: int, rng: random.Ran
         raise RuntimeError("the undisturbed run failed")
     done, failures = 0, 0
     for number in range(kills):
+        before = changed(killed)
         process = start(config, killed, directory)
         last = finished_step(killed)
-        # Not while jax is still being imported: a few steps after the run goes on, at any moment from then.
-        while process.poll() is None and step_of(killed) <= last:
+        # Not while jax is still being imported: at any moment after the run has gone on. What an earlier process wrote
+        # after its last save is still there until then.
+        while process.poll() is None and (changed(killed) == before or step_of(killed) <= last):
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 3))
         process.send_signal(signal.SIGKILL)
@@ -97,6 +99,12 @@ def lines_of(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def changed(run: Path) -> int | None:
+    """Returns when the metrics of a run were last written."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def step_of(run: Path) -> int:

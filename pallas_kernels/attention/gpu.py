@@ -9,9 +9,12 @@ to what another writes: results are the same every time.
 In registers: float32 sums and the statistics of the softmax. In shared memory: the block that stays, and a pipeline of
 those that pass by. The grid: blocks (fastest), heads, rows of the batch; causal blocks with most keys begin first.
 
-Bytes: programs load keys and values again for each block of queries and each head, 28 times the least for Scout's 8192
+Bytes: programs load keys and values again for each block of queries and each head, 55 times the least for Scout's 8192
 tokens. Programs that run at the same time share a few heads, whose keys and values (4 MB a kv head) stay in the L2
 cache.
+
+On an H200, Scout's 8192 tokens, causal: forward 1.80 ms (382 TFLOP/s), gradient to the queries 2.0 ms, to keys and
+values 3.1 ms. cuDNN takes 1.19 ms forward. Eight packed documents: 0.42 ms.
 
 cuDNN's attention (`jax.nn.dot_product_attention`) knows causal masks, windows and lengths; documents, explicit
 positions and chunks would be a T x S array. So it does not serve here.

@@ -12,6 +12,8 @@ sequence uses evenly. XLA merges them by their log-sum-exp: some float32 numbers
 Bytes: the used slots, once. Queries and results of all parts add at most 4% to that at the shapes of
 `scripts/check_gpu_compile.sh`.
 
+On an H200, Scout's heads: 32 sequences of 8192 slots 0.26 ms (4.1 TB/s), one of 131,072 slots 0.13 ms (4.0).
+
 cuDNN's attention, as `jax.nn.dot_product_attention` offers it, takes neither pages nor int8.
 
 Splits along the sequence: flash-decoding, Dao et al., 2023.
@@ -28,7 +30,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_attention.slots import newest_slot
 from pallas_kernels.decode_attention.tiles import choose_gpu_tiles
-from pallas_kernels.gpu import LOWEST, Span, dot, exp2, load, power_of_two, refuse_platform, refuse_size, store
+from pallas_kernels.gpu import LOWEST, Span, dot, exp2, load, power_of_two, refuse_platform, refuse_size, store, widen
 from pallas_kernels.quantized import QuantizedArray
 
 _LOG2_E = math.log2(math.e)
@@ -69,7 +71,7 @@ def decode_attention(
                 first = table_ref[batch, lax.div(start, slots)] * slots + lax.rem(start, slots)
             place = Span(first, t.block_slots, slot < used)
             k, v = ((ref.values if quantized else ref) for ref in (k_ref, v_ref))
-            scores = dot(q, load(k, place, kv_head, numbers).astype(q.dtype), (1, 1), interpret)
+            scores = dot(q, widen(load(k, place, kv_head, numbers), q.dtype, interpret), (1, 1), interpret)
             if quantized:
                 scores *= load(k_ref.scales, place, kv_head)[None, :]
             scores = jnp.where(slot[None, :] <= last[:, None], scores, -jnp.inf)
@@ -80,7 +82,9 @@ def decode_attention(
             total = total * shrink + jnp.sum(weights, 1)
             if quantized:
                 weights *= load(v_ref.scales, place, kv_head)[None, :]
-            added = dot(weights.astype(q.dtype), load(v, place, kv_head, numbers).astype(q.dtype), (1, 0), interpret)
+            added = dot(
+                weights.astype(q.dtype), widen(load(v, place, kv_head, numbers), q.dtype, interpret), (1, 0), interpret
+            )
             return new_largest, total, out * shrink[:, None] + added
 
         carry = (
@@ -112,7 +116,7 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(num_warps=t.num_warps, num_stages=t.num_stages),
         interpret=interpret,
         name="decode_attention",
-    )(lengths_B, kv_offset.reshape(-1), page_table, q_BKRH, flat(k_cache), flat(v_cache))
+    )(jnp.asarray(lengths_B, jnp.int32), kv_offset.reshape(-1), page_table, q_BKRH, flat(k_cache), flat(v_cache))
 
     if t.num_splits == 1:
         out, lse = out[0], lse[0]

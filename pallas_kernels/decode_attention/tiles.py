@@ -116,5 +116,5 @@ def choose_gpu_tiles(
     else:
         num_splits = min(pl.cdiv(2 * card().num_cores, num_sequences), pl.cdiv(num_slots, block_slots))
     if page_size is None:
-        return GpuTiles(rows, block_slots, num_splits, num_warps=4, num_stages=3)
+        return GpuTiles(rows, block_slots, num_splits, num_warps=4, num_stages=4)
     return GpuTiles(rows, min(block_slots, page_size & -page_size), num_splits, num_warps=4, num_stages=5)

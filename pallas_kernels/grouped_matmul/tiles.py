@@ -184,6 +184,9 @@ class GpuOuterTiles(NamedTuple):
     num_stages: int
 
 
+GPU_FEW_ROWS = 64
+"""Rows of a mean group up to which weights are all that takes time."""
+
 # 16 blocks of 128 rows of 5120 bfloat16 are 21 MB: they stay in the L2 cache of an H100 (50 MB) while the weights pass.
 _GPU_TOGETHER = 16
 
@@ -200,10 +203,9 @@ def gpu_row_tiles(
     num_operands: tuple[int, int],
     itemsize: int,
     weight_bits: int,
-    most_cols: int,
     most_depth: int,
 ) -> GpuRowTiles:
-    """Returns the tiles of rows times weights.
+    """Returns the tiles of rows times weights: the fastest of a dozen on an H200, with Scout's shapes.
 
     Args:
         num_rows: rows, whether or not a group here owns them.
@@ -213,27 +215,25 @@ def gpu_row_tiles(
         num_operands: arrays of rows and of weights that one step reads.
         itemsize: bytes of a number of the rows.
         weight_bits: bits of a number of the weights.
-        most_cols, most_depth: what the groups of quantised weights allow, powers of two.
+        most_depth: what the groups of quantised weights allow, a power of two.
     """
     if target().platform == "cpu":  # interpreted: tests have several of each
-        return GpuRowTiles(16, min(32, most_cols), min(32, most_depth), together=3, num_warps=4, num_stages=1)
+        return GpuRowTiles(16, 32, min(32, most_depth), together=3, num_warps=4, num_stages=1)
     num_x, num_weights = num_operands
     mean_group = -(-num_rows // num_groups)
     if itemsize == 4:  # a product is three, of operands that are split in registers
         rows, cols, step, num_warps = 64, 64, 32, 4
-    elif mean_group > 64:
-        # Sums of 128 x 256 numbers are half of the registers of 8 warps. Decoding needs some of the others.
-        rows, cols, step, num_warps = 128, 256 // num_weights if weight_bits == 16 else 128, 64, 8
+    elif mean_group > GPU_FEW_ROWS:
+        # Sums of 128 x 256 numbers are half of the registers of 8 warps.
+        rows, cols, step, num_warps = 128, 256 // num_weights, 64, 8
     else:
-        # From 64 rows on, Triton multiplies by tiles in shared memory (wgmma), and decodes into it by whole words;
-        # for fewer rows it would read 8-bit weights byte by byte.
-        rows, cols, step, num_warps = power_of_two(mean_group, 16 if weight_bits == 16 else 64), 128, 64, 4
-        while min(num_rows, num_groups) * num_cols // cols < 2 * card().num_cores and cols > 32:
-            cols //= 2
-        # A number counts as a byte at least: those of a step must find room in registers when they are decoded.
-        while num_weights * cols * step * max(weight_bits // 8, 1) < _GPU_STEP_BYTES and step < 256:
+        rows, cols, step, num_warps = power_of_two(mean_group, 16), 128, 64 if weight_bits > 4 else 128, 4
+        if weight_bits > 4:  # 128 columns of int4 are 64 bytes of memory in a row: with fewer it slows down
+            while min(num_rows, num_groups) * num_cols // cols < card().num_cores // 2 and cols > 64:
+                cols //= 2
+        while weight_bits == 16 and num_weights * cols * step * 2 < _GPU_STEP_BYTES and step < 256:
             step *= 2
-    cols = min(cols, most_cols, power_of_two(num_cols, 16))
+    cols = min(cols, power_of_two(num_cols, 16))
     step = min(step, most_depth, power_of_two(depth, 16))
 
     def step_bytes():
@@ -245,7 +245,7 @@ def gpu_row_tiles(
     while 2 * step_bytes() > room and step > 16:
         step //= 2
     programs = 1 if rows == 128 else 2
-    num_stages = min(max(room // programs // step_bytes(), 2), 4)
+    num_stages = min(max(room // programs // step_bytes(), 2), 4 if weight_bits > 4 else 3)
     return GpuRowTiles(rows, cols, step, _GPU_TOGETHER, num_warps, num_stages)
 
 
@@ -256,4 +256,4 @@ def gpu_outer_tiles(itemsize: int) -> GpuOuterTiles:
     if itemsize == 4:
         return GpuOuterTiles(32, 64, 64, num_warps=4, num_stages=3)
     step_bytes = 2 * 64 * (128 + 256)
-    return GpuOuterTiles(64, 128, 256, num_warps=8, num_stages=min(card().shared_bytes // step_bytes, 4))
+    return GpuOuterTiles(64, 128, 256, num_warps=8, num_stages=min(card().shared_bytes // step_bytes, 3))

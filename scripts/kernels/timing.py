@@ -3,7 +3,7 @@
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -255,10 +255,10 @@ def measure(work: Work, rounds: int) -> dict[str, list[float] | str]:
     return results
 
 
-def run(ops: Iterable[str], shape_name: str | None, rounds: int, progress: Callable[[str], None]) -> list[dict]:
+def run(ops: Iterable[str], shape_name: str | None, rounds: int, progress: Callable[[str], None]) -> Iterator[dict]:
+    """Yields a row for each contestant, op by op."""
     shape_name = shape_name or ("mini-scout" if PLATFORM == "cpu" else "scout")
     shape = TEXT_SHAPES[shape_name]
-    rows = []
     for op in ops:
         progress(f"{op}, {shape_name}")
         matmul = _plain_matmul(shape)
@@ -269,15 +269,14 @@ def run(ops: Iterable[str], shape_name: str | None, rounds: int, progress: Calla
         for who, seconds in results.items():
             row = {"op": op, "implementation": who, "shape": shape_name, "platform": PLATFORM, "dtype": str(DTYPE)}
             if isinstance(seconds, str):
-                rows.append(row | {"error": seconds})
+                yield row | {"error": seconds}
                 continue
             median = statistics.median(seconds)
             row |= {"seconds": median, "spread": (max(seconds) - min(seconds)) / median, "flops": work.flops}
             row["of_matmul"] = work.flops / median / matmul_speed
             if not isinstance(baseline, str):
                 row["speed_up"] = statistics.median(b / s for b, s in zip(baseline, seconds, strict=True))
-            rows.append(row)
-    return rows
+            yield row
 
 
 def describe() -> str:

@@ -121,6 +121,8 @@ def grouped_call(
 
 def rows_work(rows, weights, groups, num_experts, transposed, num_results):
     weights = [jax.eval_shape(lambda w: Stack.of(w, None).weights_mDF, weight) for weight in weights]
+    if transposed or sum(groups) > grouped_tiles.GPU_FEW_ROWS * num_experts:  # XLA makes quantised ones wide first
+        weights = [array(*weight.shape, dtype=rows[0].dtype) for weight in weights]
     t = grouped.row_tiles_for(rows, weights, num_experts, transposed)
     depth, width = weights[0].shape[-2:][::-1] if transposed else weights[0].shape[-2:]
     num_blocks, num_rows = sum(-(-groups // t.rows)), sum(groups)
@@ -305,6 +307,8 @@ CALLS = {
     "Scout prefill in fp8": lambda: grouped_call(grouped_matmul, 8192, 16, 16, TALL, "float8_e4m3fn"),
     "Scout rows' gradient in int4": lambda: grouped_call(grouped_swiglu, 8192, 16, 16, WIDE, **INT4, **GRADIENT),
     "Scout rows' gradient in int8": lambda: grouped_call(grouped_matmul, 512, 16, 16, TALL, "int8", **GRADIENT),
+    "ragged columns in fp8": lambda: grouped_call(grouped_matmul, 70, 4, 4, (256, 160), "float8_e4m3fn"),
+    "ragged columns in int4": lambda: grouped_call(grouped_swiglu, 70, 4, 4, (256, 164), "int4"),
     "Maverick prefill, gate and up": lambda: grouped_call(grouped_swiglu, 8192, 128, 128, WIDE),
     "Maverick prefill, down": lambda: grouped_call(grouped_matmul, 8192, 128, 128, TALL),
     "Maverick training, 16 of 128 experts": lambda: grouped_call(grouped_swiglu, 16384, 128, 16, WIDE, **GRADIENT),

@@ -184,8 +184,9 @@ def test_equals_the_end_of_full_attention(implementation, chunk_size):
     expected = attention(q, k, v, chunk_size=chunk_size, return_lse=True, implementation="reference")
     for length in (2, 64, 66, 129, 131, 150):
         num_queries = 1 if chunk_size and length % chunk_size == 1 else T
-        slots = np.arange(length) if chunk_size is None else np.arange(length) % chunk_size
-        caches = [jnp.full((3, chunk_size or S, K, H), jnp.nan).at[:, slots].set(x[:, :length]) for x in (k, v)]
+        kept = np.arange(length)[-(chunk_size or length) :]  # a ring has no place for more
+        slots = kept % (chunk_size or length)
+        caches = [jnp.full((3, chunk_size or S, K, H), jnp.nan).at[:, slots].set(x[:, kept]) for x in (k, v)]
         newest = slice(length - num_queries, length)
         results = decode(
             q[:, newest], *caches, jnp.full(3, length), chunk_size=chunk_size, implementation=implementation

@@ -49,6 +49,13 @@ def test_auto_takes_the_kernels_on_a_gpu(h100):
     assert "grouped_rows_times_weights" in lower(grouped_matmul, rows, weights, sizes)
 
 
+def test_lengths_may_be_weakly_typed(h100):
+    """As `jnp.full(3, 7)` is: Triton's lowering took the remainder by a Python number for one of a bool."""
+    lengths, cache = jax.ShapeDtypeStruct((3,), "int32", weak_type=True), array(3, 64, 4, 128)
+    function = functools.partial(decode_attention, chunk_size=64, implementation="pallas")
+    assert "decode_attention" in lower(function, array(3, 1, 8, 128), cache, cache, lengths)
+
+
 def refused(match, function, *arrays, **more_arrays):
     with pytest.raises(ValueError, match=match):
         jax.eval_shape(functools.partial(function, implementation="pallas"), *arrays, **more_arrays)

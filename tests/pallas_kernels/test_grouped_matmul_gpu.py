@@ -66,16 +66,6 @@ def test_tiles_of_a_real_gpu(triton, tiles_of_h100, op, dtype, group_sizes):
     assert_close(results, value_and_gradients(op, "reference", *arguments), dtype)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_int4_by_fours_where_pairs_would_be_too_many(triton, monkeypatch, op):
-    def refuse_bytes(weights):
-        return "too many" if weights.dtype == jnp.int8 else None
-
-    monkeypatch.setattr(gpu, "refuse_size", refuse_bytes)
-    jax.clear_caches()
-    suite.test_quantized_weights_equal_dequantized_ones(triton, op, jnp.int4, None)
-
-
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_a_layer_of_stacked_weights(triton, op, quantized):
