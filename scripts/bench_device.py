@@ -1,8 +1,8 @@
 """Serves and trains on one accelerator with random weights: tokens a second, memory, and how much of the chip that is.
 
-    python scripts/bench_device.py serve --dtype int4                       Scout, whole, on a GPU of 80 GB
-    python scripts/bench_device.py serve --preset mini-scout --dtype bfloat16 --context 128 --rows 1 8
-    python scripts/bench_device.py train                                    four of Scout's layers, of four experts each
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 python scripts/bench_device.py serve --dtype int4 --rows 1 8   # Scout, 80 GB
+    python scripts/bench_device.py serve --preset mini-scout --context 128 --rows 1 8
+    python scripts/bench_device.py train      # four of Scout's layers, of four experts each
 
 `serve` reads a prompt of `--context` tokens, and goes on from there with so many rows at a time, greedily; the engine
 is that of `l4jax generate`, and every token is fetched. Beside decoding stands what it has to read at least: the

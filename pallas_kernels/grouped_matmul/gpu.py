@@ -159,8 +159,9 @@ def multiply(
     if isinstance(weights[0], QuantizedArray) and (
         transposed or num_rows > tiles.GPU_FEW_ROWS * groups.sizes_E.shape[0]
     ):
-        weights = [_wide(weight, first_matrix, num_local, dtype) for weight in weights]
-        first_matrix = 0
+        # Behind what the rows wait for, or XLA would do it for several layers at once, and keep them all.
+        rows, weights = lax.optimization_barrier((rows, weights))
+        weights, first_matrix = [_wide(weight, first_matrix, num_local, dtype) for weight in weights], 0
     width = weights[0].shape[1 if transposed else 2]
     num_scales = weights[0].scales.shape[1] if isinstance(weights[0], QuantizedArray) else 0
     rows_per_scale = weights[0].shape[1] // max(num_scales, 1)
