@@ -102,7 +102,9 @@ class Span(NamedTuple):
 
     @property
     def at(self) -> pl.Slice:
-        return pl.ds(self.start, self.size)
+        # Not a Python number: a run may reach beyond the axis, where nothing is read, and jax 0.12 refuses that if it
+        # can tell.
+        return pl.ds(jnp.asarray(self.start, jnp.int32), self.size)
 
 
 def load(ref, *index: Span | Array | int) -> Array:

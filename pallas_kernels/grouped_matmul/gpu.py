@@ -93,7 +93,7 @@ def _group_sizes(sizes_ref, num_rows: int) -> tuple[Array, Array]:
     """Returns the rows of each group and, as one more group, those after the last; and where each of them ends."""
     num_groups = sizes_ref.shape[0]
     index = jnp.arange(power_of_two(num_groups + 1))
-    sizes = plgpu.load(sizes_ref.at[pl.ds(0, len(index))], mask=index < num_groups, other=0)
+    sizes = load(sizes_ref, Span(0, len(index), index < num_groups))
     sizes = jnp.where(index == num_groups, num_rows - jnp.sum(sizes), sizes)
     return sizes, jnp.cumsum(sizes)
 
