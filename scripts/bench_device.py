@@ -91,19 +91,19 @@ def peak_memory() -> str:
 
 
 def size(leaf: Any) -> float:
+    """Returns the bytes of an array, or of all arrays in a tree."""
     return sum(math.prod(x.shape) * (0.5 if x.dtype == jnp.int4 else x.dtype.itemsize) for x in jax.tree.leaves(leaf))
 
 
 def least_bytes(config: Llama4Config, params: dict[str, Any], rows: int, context: int) -> float:
     """Returns the bytes that a step of decoding has to read, if tokens choose their experts by lot."""
     text = config.text_config
-    E, share = text.num_local_experts, 1 - (1 - 1 / max(text.num_local_experts, 1)) ** rows
-    met = {
-        path: share if E and ".experts." in path else 1.0
-        for path in params
+    met = 1 - (1 - 1 / max(text.num_local_experts, 1)) ** rows  # of the experts
+    weights = sum(
+        size(array) * (met if ".experts." in path else 1)
+        for path, array in params.items()
         if not path.startswith(("vision_model", "multi_modal_projector", "embed_tokens"))
-    }
-    weights = sum(share * size(params[path]) for path, share in met.items())
+    )
     chunk = text.attention_chunk_size or context
     slots = sum(min(context, chunk) if text.uses_rope(layer) else context for layer in range(text.num_hidden_layers))
     return weights + 4 * rows * slots * text.num_key_value_heads * text.head_dim
